@@ -1,0 +1,1 @@
+"""Calibration text: sources, the split by document, windows of tokens."""

@@ -1,0 +1,164 @@
+"""The one way from documents to windows, for every source: select → crop or pack → int64 [sequences, length]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reprune.calibration.source import Bos, Document, Part, Role, TextContext, TextSet, TextSource
+from reprune.errors import ConfigError
+from reprune.files import sha256_of_json
+from reprune.model.loading import LoadedModel, adds_bos
+from reprune.seeding import generator
+
+MAX_SKIPPED = 1000
+
+
+@dataclass(frozen=True)
+class Window:
+    """Token ids [length] and the documents they come from."""
+
+    tokens: Tensor
+    document_ids: tuple[str, ...]
+
+
+def resolve_bos(bos: Bos | None, tokenizer: Any, key: str) -> Bos:
+    """The BOS setting, null resolved by what the tokenizer does.
+
+    Raises ConfigError where each window shall begin with a BOS that the tokenizer does not have.
+    """
+    if bos is None:
+        return "each_window" if adds_bos(tokenizer) else "as_tokenised"
+    if bos == "each_window" and tokenizer.bos_token_id is None:
+        raise ConfigError(f"{key}.bos", "the tokenizer has no BOS token", value=bos, accepted="as_tokenised")
+    return bos
+
+
+def cut_windows(
+    source: TextSource, *, role: Role, tokenizer: Any, model: LoadedModel | None, seed: int, key: str, name: str = ""
+) -> TextSet:
+    """`num_sequences` windows of `length` tokens from a source, the same for the same seed whatever ran before.
+
+    A larger `num_sequences` keeps the windows of a smaller one and adds to them.
+    Raises ConfigError, with the counts, when the text is too short.
+    """
+    part: Part = source.split or role
+    bos = resolve_bos(source.bos, tokenizer, key)
+    length = source.length
+    stream_name = ("text", sha256_of_json(source.identity()), part, length, bos, source.cut)
+    context = TextContext(
+        tokenizer=tokenizer,
+        model=model,
+        part=part,
+        length=length or 0,
+        generator=generator(seed, *stream_name),
+        seed=seed,
+        key=key,
+    )
+    documents = source.documents(context)
+    if length is None:
+        # Only `tokens` leaves the length open: its rows are windows already.
+        documents = list(documents)
+        length = len(_ids(documents[0], tokenizer, bos))
+    chooser = generator(seed, *stream_name, "windows")
+    content = length - 1 if bos == "each_window" and not _ready(source) else length
+    if content < 1:
+        raise ConfigError(f"{key}.length", "leaves no room for a token beside BOS", value=length, accepted="2 or more")
+    tokenised = ((document.id, _ids(document, tokenizer, bos)) for document in documents)
+    if source.cut == "pack":
+        made: Iterator[Window] = _pack(tokenised, content, tokenizer.eos_token_id, key)
+    elif source.endless:
+        made = _crop_stream(tokenised, content, chooser, key)
+    else:
+        made = _crop_all(list(tokenised), content, chooser)
+    wanted = source.num_sequences
+    windows = list(islice(made, wanted))
+    if not windows or (wanted is not None and len(windows) < wanted):
+        raise _too_short(source, len(windows), wanted, content, tokenizer, context, key)
+    rows = torch.stack([window.tokens for window in windows])
+    if content < length:
+        head = torch.full((len(rows), 1), tokenizer.bos_token_id, dtype=torch.long)
+        rows = torch.cat([head, rows], dim=1)
+    ids = tuple(dict.fromkeys(document for window in windows for document in window.document_ids))
+    description = {"name": source.name, "part": part, "cut": source.cut, "bos": bos, **source.identity()}
+    return TextSet(name or source.name, role, rows, ids, description, bos)
+
+
+def _ready(source: TextSource) -> bool:
+    """Whether the source yields token ids that are windows already, BOS included."""
+    return not source.endless and source.length is None
+
+
+def _ids(document: Document, tokenizer: Any, bos: Bos) -> Tensor:
+    if document.tokens is not None:
+        return document.tokens
+    encoded = tokenizer(document.text, add_special_tokens=bos == "as_tokenised")["input_ids"]
+    return torch.tensor(encoded, dtype=torch.long)
+
+
+def _crop_all(documents: list[tuple[str, Tensor]], content: int, chooser: torch.Generator) -> Iterator[Window]:
+    """One window of every document long enough, in random order; then a second of those longer, and so on."""
+    plans = []
+    for place in torch.randperm(len(documents), generator=chooser).tolist():
+        name, ids = documents[place]
+        count = len(ids) // content
+        if count:
+            start = int(torch.randint(len(ids) - count * content + 1, (1,), generator=chooser))
+            order = torch.randperm(count, generator=chooser).tolist()
+            plans.append((name, ids, [start + index * content for index in order]))
+    for turn in range(max((len(starts) for _, _, starts in plans), default=0)):
+        for name, ids, starts in plans:
+            if turn < len(starts):
+                yield Window(ids[starts[turn] : starts[turn] + content], (name,))
+
+
+def _crop_stream(
+    documents: Iterable[tuple[str, Tensor]], content: int, chooser: torch.Generator, key: str
+) -> Iterator[Window]:
+    skipped = 0
+    for name, ids in documents:
+        if len(ids) < content:
+            skipped += 1
+            if skipped > MAX_SKIPPED:
+                raise ConfigError(
+                    f"{key}.length", f"{skipped} documents in a row were shorter than a window", value=content
+                )
+            continue
+        skipped = 0
+        start = int(torch.randint(len(ids) - content + 1, (1,), generator=chooser))
+        yield Window(ids[start : start + content], (name,))
+
+
+def _pack(documents: Iterable[tuple[str, Tensor]], content: int, end: int | None, key: str) -> Iterator[Window]:
+    """Documents one after the other, an end-of-text token behind each, cut every `content` tokens."""
+    if end is None:
+        raise ConfigError(f"{key}.cut", "packing needs an end-of-text token, and the tokenizer has none", value="pack")
+    held: list[tuple[str, Tensor]] = []
+    count = 0
+    for name, ids in documents:
+        ids = torch.cat([ids, torch.tensor([end])])
+        held.append((name, ids))
+        count += len(ids)
+        while count >= content:
+            joined = torch.cat([ids for _, ids in held])
+            yield Window(joined[:content], tuple(name for name, _ in held))
+            count -= content
+            held = [(name, joined[content:])] if count else []
+
+
+def _too_short(
+    source: TextSource, found: int, wanted: int | None, content: int, tokenizer: Any, context: TextContext, key: str
+) -> ConfigError:
+    lengths = [len(_ids(document, tokenizer, "as_tokenised")) for document in source.documents(context)]
+    return ConfigError(
+        f"{key}.num_sequences",
+        f"{wanted or 1} windows of {content} tokens are asked for, this text has {found}",
+        value=f"{source.name}, part '{context.part}': {len(lengths)} documents, {sum(lengths):,} tokens, "
+        f"the longest {max(lengths, default=0):,}",
+        hint=f"ask for at most {found} sequences, shorter ones, or more text",
+    )

@@ -1,0 +1,201 @@
+"""Compose configs the way Hydra will, and say what is wrong with them on one screen."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from reprune.errors import ConfigError, did_you_mean
+from reprune.schema import RunConfig, register
+
+ROOT_VARIABLE = "REPRUNE_CONFIG_ROOT"
+
+
+def config_root() -> Path:
+    """The folder with conf/, experiments/ and sweeps/: inside the installed package, or the checkout's top."""
+    package = Path(__file__).resolve().parent
+    return package if (package / "conf").is_dir() else package.parents[1]
+
+
+def prepare() -> Path:
+    """Register the schema, tell the search path where experiments lie, and return the config folder."""
+    register()
+    os.environ[ROOT_VARIABLE] = str(config_root())
+    return config_root() / "conf"
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed config as plain data, Hydra's choices of options by group, and the overrides that led to it."""
+
+    config: dict[str, Any]
+    choices: dict[str, str]
+    overrides: tuple[str, ...]
+    hydra: dict[str, Any]
+
+    @property
+    def where(self) -> dict[str, str]:
+        """By config key: the option file that filled it."""
+        found = {}
+        for group, option in self.choices.items():
+            name, _, package = group.partition("@")
+            if option and not name.startswith("hydra/"):
+                found[package or name] = f"conf/{name}/{option}.yaml"
+        return found
+
+
+def compose_run(overrides: Sequence[str]) -> Composed:
+    """Compose one run. Raises ConfigError with the key, what is accepted and the nearest match."""
+    folder = prepare()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(folder), version_base="1.3", job_name="reprune"):
+            full = compose("config", overrides=list(overrides), return_hydra_config=True)
+            choices = {str(key): str(value or "") for key, value in full.hydra.runtime.choices.items()}
+            hydra = {
+                "mode": str(full.hydra.mode or ""),
+                "params": dict(full.hydra.sweeper.get("params") or {}),
+            }
+            return Composed(plain(full), choices, tuple(overrides), hydra)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise translate(error, overrides) from error
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def plain(full: DictConfig) -> dict[str, Any]:
+    """The run's config without Hydra's own node, interpolations resolved, still-missing values as '???'."""
+    bare = OmegaConf.masked_copy(full, [str(key) for key in full if key != "hydra"])
+    content = OmegaConf.to_container(bare, resolve=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def jobs_of(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """The overrides of every job that a command line stands for: one, or each point of a multirun.
+
+    A sweep may be asked for by -m, or by an experiment file that sets hydra.mode and hydra.sweeper.params.
+    """
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise translate(error, overrides) from error
+    fixed = [item.input_line for item in parsed if not item.is_sweep_override() and item.input_line]
+    given = {item.key_or_group: [item.input_line] for item in parsed if not item.is_sweep_override()}
+    swept = {
+        item.get_key_element(): [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
+        for item in parsed
+        if item.is_sweep_override()
+    }
+    base = compose_run(fixed)
+    multirun = swept or base.hydra["mode"].endswith("MULTIRUN") or {"-m", "--multirun"} & set(arguments)
+    if swept and not ({"-m", "--multirun"} & set(arguments) or base.hydra["mode"].endswith("MULTIRUN")):
+        raise ConfigError(next(iter(swept)), "several values are a sweep", hint="add -m to run each of them")
+    if multirun:
+        for key, values in (base.hydra["params"] or {}).items():
+            if key not in swept and key not in given:
+                sweep = OverridesParser.create().parse_override(f"{key}={values}")
+                swept[key] = (
+                    [f"{key}={value}" for value in sweep.sweep_string_iterator()]
+                    if sweep.is_sweep_override()
+                    else [f"{key}={values}"]
+                )
+    for point in product(*swept.values()):
+        yield [*fixed, *point]
+
+
+def translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """A ConfigError from what Hydra or OmegaConf raised."""
+    causes = [error]
+    while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
+        causes.append(causes[-1].__cause__)
+    text = "\n".join(str(cause) for cause in causes)
+    option = re.search(r"(?:Could not find|In '.*?': Could not find) '([^']+)'", text)
+    if option:
+        group, _, name = option[1].rpartition("/")
+        options = _options(group)
+        return ConfigError(
+            group or "option", "no such option", value=name, accepted=options, hint=did_you_mean(name, options)
+        )
+    unmatched = re.search(r"Could not override '([^']+)'.*?No match in the defaults list", text, re.DOTALL)
+    if unmatched:
+        groups = sorted({path.name for path in (config_root() / "conf").iterdir() if path.is_dir()})
+        word = unmatched[1].split("@")[0].split("=")[0]
+        return ConfigError(unmatched[1], "no such group of options", accepted=groups, hint=did_you_mean(word, groups))
+    key = re.search(r"full_key: (\S+)", text)
+    name = key[1] if key else (re.search(r"Key '([^']+)'", text) or ["", ""])[1]
+    if "not in" in text and name:
+        return _unknown_key(name, overrides)
+    problem = next((str(cause) for cause in reversed(causes) if str(cause)), type(error).__name__).splitlines()[0]
+    return ConfigError(name, problem.strip(), value=_value_in(name, overrides), accepted=_type_of(name))
+
+
+def _unknown_key(name: str, overrides: Sequence[str]) -> ConfigError:
+    head, _, last = name.rpartition(".")
+    value = _value_in(name, overrides)
+    if not head:
+        top = [field for field in RunConfig.__dataclass_fields__]
+        return ConfigError(
+            name, f"unknown key{files_with(name)}", value=value, accepted=top, hint=did_you_mean(last, top)
+        )
+    return ConfigError(name, f"unknown key{files_with(name)}", value=value, accepted=_siblings(head, overrides, last)[0], hint=_siblings(head, overrides, last)[1])  # fmt: skip
+
+
+def _siblings(head: str, overrides: Sequence[str], last: str) -> tuple[list[str] | None, str | None]:
+    rest = [item for item in overrides if not item.lstrip("+~").startswith(f"{head}.{last}")]
+    if len(rest) == len(overrides):
+        return None, None
+    try:
+        node: Any = compose_run(rest).config
+    except ConfigError:
+        return None, None
+    for part in head.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    keys = [key for key in node if key != "_target_"] if isinstance(node, dict) else None
+    return keys, did_you_mean(last, keys) if keys else None
+
+
+def _value_in(name: str, overrides: Sequence[str]) -> str | None:
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if name and key.lstrip("+~") == name:
+            return value
+    return None
+
+
+def _type_of(name: str) -> str | None:
+    found = RunConfig.__dataclass_fields__.get(name)
+    return str(found.type).replace("None", "null") if found else None
+
+
+def _options(group: str) -> list[str]:
+    for base in (config_root() / "conf" / group, config_root() / group):
+        if base.is_dir():
+            return sorted(path.stem for path in base.glob("*.yaml"))
+    return []
+
+
+def files_with(key: str) -> str:
+    """' (in FILE)' for an experiment or arm file that sets the dotted key, else nothing."""
+    for folder in ("experiments", "conf/arm", "sweeps"):
+        for path in sorted((config_root() / folder).rglob("*.yaml")):
+            node: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+            for part in key.split("."):
+                node = node.get(part, None) if isinstance(node, dict) else None
+            if node is not None:
+                return f" (in {path.relative_to(config_root())})"
+    return ""

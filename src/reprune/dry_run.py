@@ -1,0 +1,40 @@
+"""What `dry_run=true` prints: the plan of a run, nothing loaded, nothing written."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich.table import Table
+
+from reprune.check import RunPlan
+from reprune.tracking.progress import CONSOLE
+
+
+def show(plan: RunPlan) -> None:
+    """Print layers, parameters, texts, expected memory and disk, and what would be written."""
+    shapes, technique = plan.shapes, plan.technique
+    table = Table.grid(padding=(0, 2))
+    table.add_row("model", f"{plan.source.name}, {shapes.num_parameters / 1e6:,.1f} M parameters")
+    prunable = sum(shapes.num_weights.values())
+    table.add_row("blocks", f"{shapes.num_blocks}, hidden {shapes.hidden_size}")
+    kinds = Counter((name.split(".", 1)[1], shape) for name, shape in shapes.linears.items())
+    for (name, (d_out, d_in)), count in kinds.items():
+        table.add_row("", f"{count} × {name} [{d_out} × {d_in}]")
+    removed = sum(shapes.num_weights[name] * share for name, share in plan.layer_sparsity.items())
+    table.add_row("pruned", f"{removed / 1e6:,.1f} M of {prunable / 1e6:,.1f} M prunable weights ({removed / prunable:.1%})")
+    window = f"window {technique.window}, stride {technique.stride}, {technique.epochs} epochs, lr {technique.learning_rate:g}"
+    table.add_row("reconstruction", window if technique.trains else "none")
+    for request in plan.requests:
+        source = request.source
+        size = f"{source.num_sequences or 'all'} × {source.length or 'as they are'} tokens"
+        table.add_row(request.use, f"{request.name}: {size}")
+    for entry in plan.suite:
+        for name, text in entry.texts.items():
+            table.add_row("evaluation", f"{entry.name} on {name}: {tuple(text.tokens_NT.shape)} tokens")
+    table.add_row("device", f"{plan.device.name}, {str(plan.device.dtype).removeprefix('torch.')}")
+    stored = "files" if plan.activations_on_disk else "memory"
+    table.add_row("memory", f"about {plan.memory_bytes / 2**30:.2f} GiB, activations in {stored}")
+    table.add_row("disk", f"about {plan.disk_bytes / 2**30:.2f} GiB")
+    table.add_row("writes", str(plan.folder.path))
+    table.add_row("state", plan.folder.status().words)
+    CONSOLE.print(table, highlight=False)

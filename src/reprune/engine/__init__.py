@@ -1,0 +1,1 @@
+"""The block loop: dense and pruned chains, statistics, windows, resumable state."""

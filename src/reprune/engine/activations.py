@@ -1,0 +1,89 @@
+"""Stores of activations: one boundary between two blocks, one text; in memory or mapped to a file."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reprune.errors import RunError
+from reprune.model.device import DevicePlan
+
+
+class Activations:
+    """Hidden states [num_sequences, length, hidden] of one text at one boundary; rests off the device."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None) -> None:
+        self._file = file
+        if file is None:
+            self.states_NTH = torch.empty(shape, dtype=dtype)
+        else:
+            size = shape[0] * shape[1] * shape[2]
+            self.states_NTH = torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
+
+    def __len__(self) -> int:
+        return len(self.states_NTH)
+
+    @property
+    def length(self) -> int:
+        """Tokens a sequence."""
+        return int(self.states_NTH.shape[1])
+
+    def batches(self, size: int) -> Iterator[slice]:
+        """Consecutive slices of at most `size` sequences."""
+        for start in range(0, len(self), size):
+            yield slice(start, min(start + size, len(self)))
+
+    def read(self, where: slice | Tensor, plan: DevicePlan) -> Tensor:
+        """Some sequences, on the device."""
+        return self.states_NTH[where].to(plan.device)
+
+    def write(self, where: slice, states: Tensor) -> None:
+        """Store some sequences."""
+        self.states_NTH[where] = states.to(self.states_NTH.device, self.states_NTH.dtype)
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", None) is not None and self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+
+@dataclass
+class Stores:
+    """Makes stores: in host memory up to `memory_limit` bytes for the whole run, else in files below `folder`."""
+
+    dtype: torch.dtype
+    hidden_size: int
+    folder: Path
+    on_disk: bool
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def new(self, num_sequences: int, length: int) -> Activations:
+        """An empty store for a text of that size."""
+        shape = (num_sequences, length, self.hidden_size)
+        if not self.on_disk:
+            return Activations(shape, self.dtype, None)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{next(self._numbers)}.activations"
+        try:
+            return Activations(shape, self.dtype, file)
+        except RuntimeError as error:
+            raise RunError(f"activations cannot be stored in {self.folder}: {error}; free disk space") from error
+
+
+def compare(dense: Activations, pruned: Activations) -> dict[str, float]:
+    """The paper's errᵢ and its relative twin between two stores of one boundary.
+
+    `error` = ‖dense − pruned‖² / (N·T·H) (arXiv 2406.15524, §3); `relative` = mean over tokens of ‖e_t‖²/‖h_t‖², which
+    tokens with massive activations cannot dominate. Summed in float64, a sequence at a time.
+    """
+    squares, relative, tokens = 0.0, 0.0, 0
+    for target, student in zip(dense.states_NTH, pruned.states_NTH, strict=True):
+        difference = (target.double() - student.double()).square().sum(dim=-1)
+        squares += float(difference.sum())
+        relative += float((difference / target.double().square().sum(dim=-1)).sum())
+        tokens += len(target)
+    return {"error": squares / (tokens * dense.states_NTH.shape[-1]), "relative": relative / tokens}

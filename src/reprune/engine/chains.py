@@ -1,0 +1,75 @@
+"""The dense and the pruned chain of activations, advanced block by block over every text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from reprune.calibration.source import TextSet
+from reprune.engine.activations import Activations, Stores
+from reprune.model.loading import LoadedModel
+
+Boundary = dict[str, Activations]
+"""One boundary between blocks: a store for each text, by the text's key."""
+
+
+class Chains:
+    """`dense[i]` is x̄_i, what enters block i in the dense model; `pruned` is x_a at the first open boundary a."""
+
+    def __init__(self, model: LoadedModel, texts: Sequence[TextSet], stores: Stores) -> None:
+        self.model = model
+        self.texts = texts
+        self.stores = stores
+        embedded = self._embed()
+        self.dense: dict[int, Boundary] = {0: embedded}
+        self.pruned: Boundary = embedded
+
+    def _embed(self) -> Boundary:
+        embedded = {}
+        for text in self.texts:
+            store = self.stores.new(*text.tokens_NT.shape)
+            for where in store.batches(self.model.plan.sequences_a_pass(store.length)):
+                store.write(where, self.model.embed(text.tokens_NT[where]))
+            embedded[text.key] = store
+        return embedded
+
+    @torch.no_grad()
+    def through(self, block: int, inputs: Boundary, only: Sequence[TextSet] | None = None) -> Boundary:
+        """The outputs of a block, as its weights are now, for all texts or some of them."""
+        model, plan = self.model, self.model.plan
+        outputs = {}
+        with plan.holding(model.blocks[block]):
+            for text in self.texts if only is None else only:
+                source = inputs[text.key]
+                store = self.stores.new(len(source), source.length)
+                for where in source.batches(plan.sequences_a_pass(source.length)):
+                    hidden = source.read(where, plan)
+                    call = model.call(block, len(hidden), source.length)
+                    store.write(where, call.run(model.blocks[block], hidden))
+                outputs[text.key] = store
+        return outputs
+
+    @torch.no_grad()
+    def observe(self, block: int, inputs: Boundary, only: Sequence[TextSet]) -> None:
+        """Run a block for the sake of its hooks; the outputs are not kept."""
+        model, plan = self.model, self.model.plan
+        for text in only:
+            source = inputs[text.key]
+            for where in source.batches(plan.sequences_a_pass(source.length)):
+                hidden = source.read(where, plan)
+                model.call(block, len(hidden), source.length).run(model.blocks[block], hidden)
+
+    def advance_dense(self, block: int) -> None:
+        """x̄_{i+1} from x̄_i; the block must still have its dense weights."""
+        self.dense[block + 1] = self.through(block, self.dense[block])
+
+    def forget_dense(self, before: int) -> None:
+        """Drop the dense boundaries below `before`."""
+        for boundary in [boundary for boundary in self.dense if boundary < before]:
+            del self.dense[boundary]
+
+
+def dense_copy(model: LoadedModel, block: int) -> Mapping[str, torch.Tensor]:
+    """A copy of a block's weights."""
+    return {name: tensor.clone() for name, tensor in model.blocks[block].state_dict().items()}

@@ -1,0 +1,113 @@
+"""What a run has finished, on disk before the next window begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from reprune.files import write_tensors
+
+OPEN = "open.safetensors"
+
+
+@dataclass
+class Progress:
+    """Windows finished so far, rows of the frozen blocks, what is known of pruned but not yet frozen blocks, masks."""
+
+    windows: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    pending: dict[int, dict[str, Any]] = field(default_factory=dict)
+    masks: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+
+class RunState:
+    """Weights and masks of finished windows in one folder.
+
+    A window's frozen blocks go to `frozen_NNNN.safetensors`; then `open.safetensors`, which holds the blocks that the
+    next window trains again, is replaced and says how many windows are done. Whatever a killed run left beside that
+    is not read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def commit(
+        self,
+        windows: int,
+        blocks: nn.ModuleList,
+        frozen: range,
+        still_open: range,
+        rows: list[dict[str, Any]],
+        pending: Mapping[int, dict[str, Any]],
+        masks: Mapping[int, Mapping[str, Tensor]],
+    ) -> None:
+        """Write the state after `windows` windows; `rows` are those of the blocks in `frozen`."""
+        written = {"windows": str(windows), "rows": json.dumps(rows)}
+        if len(frozen):
+            name = f"frozen_{windows:04d}.safetensors"
+            write_tensors(self.folder / name, _tensors(blocks, frozen, masks), written)
+        kept = {"windows": str(windows), "pending": json.dumps({str(block): pending[block] for block in still_open})}
+        write_tensors(self.folder / OPEN, _tensors(blocks, still_open, masks), kept)
+
+    def windows_done(self) -> int:
+        """How many windows are finished."""
+        if not (self.folder / OPEN).is_file():
+            return 0
+        with safe_open(self.folder / OPEN, framework="pt") as stream:
+            return int(stream.metadata()["windows"])
+
+    def restore(self, blocks: nn.ModuleList) -> Progress:
+        """Put the finished weights into `blocks` and return the rest of the state."""
+        progress = Progress(windows=self.windows_done())
+        for number in range(1, progress.windows + 1):
+            path = self.folder / f"frozen_{number:04d}.safetensors"
+            if path.is_file():
+                progress.rows += json.loads(_load(path, blocks, progress.masks)["rows"])
+        if progress.windows:
+            pending = json.loads(_load(self.folder / OPEN, blocks, progress.masks)["pending"])
+            progress.pending = {int(block): row for block, row in pending.items()}
+        return progress
+
+
+def _tensors(blocks: nn.ModuleList, which: range, masks: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    tensors = {}
+    for block in which:
+        for name, tensor in blocks[block].state_dict().items():
+            tensors[f"weights.{block}.{name}"] = tensor
+        for name, keep in masks.get(block, {}).items():
+            tensors[f"masks.{block}.{name}"] = pack(keep)
+    return tensors
+
+
+def _load(path: Path, blocks: nn.ModuleList, masks: dict[int, dict[str, Tensor]]) -> dict[str, str]:
+    with safe_open(path, framework="pt") as stream:
+        for key in stream.keys():  # noqa: SIM118 (a safetensors file, not a dict)
+            kind, number, name = key.split(".", 2)
+            block = int(number)
+            own = blocks[block].state_dict()
+            if kind == "weights":
+                own[name].copy_(stream.get_tensor(key))
+            else:
+                shape = own[f"{name}.weight"].shape
+                masks.setdefault(block, {})[name] = unpack(stream.get_tensor(key), shape)
+        metadata: dict[str, str] = stream.metadata()
+    return metadata
+
+
+def pack(keep: Tensor) -> Tensor:
+    """A bool mask as bits, uint8."""
+    return torch.from_numpy(np.packbits(keep.cpu().contiguous().numpy().reshape(-1)))
+
+
+def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
+    """The bool mask of `shape` that `pack` made bits of."""
+    flat = np.unpackbits(bits.numpy(), count=shape.numel())
+    return torch.from_numpy(flat.astype(bool)).reshape(shape)

@@ -1,0 +1,1 @@
+"""Evaluators: what a pruned model still can do."""

@@ -1,0 +1,102 @@
+"""Perplexity on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from reprune.calibration.corpus import corpus_at
+from reprune.calibration.source import Bos, Document, TextSet
+from reprune.calibration.splits import documents_of
+from reprune.calibration.windows import resolve_bos
+from reprune.errors import ConfigError, RunError, require_positive
+from reprune.evaluation.contract import OnProgress
+from reprune.model.loading import LoadedModel
+
+LOGITS_A_PASS = 2**26
+
+
+@dataclass(kw_only=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood per predicted token, over the first `num_windows` windows of each text.
+
+    A text's documents are joined by blank lines, tokenised once and cut into windows of `length` tokens without
+    overlap, as the field does; null takes every window. `texts` maps names to package-index texts, of which only the
+    evaluation part is used, or to files, used whole.
+    """
+
+    texts: Mapping[str, str]
+    length: int = 256
+    num_windows: int | None = None
+    bos: Bos | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(length=self.length, num_windows=self.num_windows)
+        if self.length < 3:
+            raise ConfigError("length", "too short to predict anything", value=self.length, accepted="3 or more")
+        if not self.texts:
+            raise ConfigError("texts", "no text is named", hint="+evaluation.perplexity.texts.NAME=FILE")
+
+    def cut(self, tokenizer: Any, key: str) -> dict[str, TextSet]:
+        """See Evaluator."""
+        bos = resolve_bos(self.bos, tokenizer, key)
+        return {name: self._windows(name, place, tokenizer, bos, key) for name, place in self.texts.items()}
+
+    def _windows(self, name: str, place: str, tokenizer: Any, bos: Bos, key: str) -> TextSet:
+        place_key = f"{key}.texts.{name}"
+        corpus = corpus_at(place, place_key)
+        if corpus.builtin:
+            documents = documents_of(corpus, "evaluation", tokenizer, place_key)
+        else:
+            documents = [Document.of_text(text) for text in corpus.documents]
+        joined = "\n\n".join(document.text or "" for document in documents)
+        ids = torch.tensor(tokenizer(joined, add_special_tokens=bos == "as_tokenised")["input_ids"], dtype=torch.long)
+        content = self.length - 1 if bos == "each_window" else self.length
+        there = len(ids) // content
+        count = there if self.num_windows is None else self.num_windows
+        if there < max(1, count):
+            raise ConfigError(
+                place_key,
+                f"{max(1, count)} windows of {content} tokens are asked for, this text has {there}",
+                value=f"{place}: {len(documents)} documents, {len(ids):,} tokens",
+                hint=f"set {key}.num_windows to at most {there}, or null for all" if there else f"lower {key}.length",
+            )
+        rows = ids[: count * content].reshape(count, content)
+        if bos == "each_window":
+            rows = torch.cat([torch.full((count, 1), tokenizer.bos_token_id), rows], dim=1)
+        # Documents behind the last window are not used, but which ones those are is the tokenizer's business.
+        used = tuple(document.id for document in documents)
+        return TextSet(name, "evaluation", rows, used, {"text": corpus.sha256, "bos": bos}, bos)
+
+    def identity(self, texts: dict[str, TextSet]) -> dict[str, Any]:
+        """See Evaluator."""
+        return {"evaluator": "perplexity", "texts": {name: text.key for name, text in texts.items()}}
+
+    @torch.no_grad()
+    def evaluate(self, model: LoadedModel, texts: dict[str, TextSet], on_progress: OnProgress) -> dict[str, float]:
+        """See Evaluator; RunError when the model's likelihoods are not finite."""
+        total = sum(len(text.tokens_NT) for text in texts.values())
+        done = 0
+        metrics = {}
+        with model.plan.holding(model.model):
+            for name, text in texts.items():
+                summed, count = 0.0, 0
+                vocabulary = model.model.get_output_embeddings().weight.shape[0]
+                size = max(1, LOGITS_A_PASS // (vocabulary * text.tokens_NT.shape[1]))
+                for batch in text.tokens_NT.split(min(size, model.plan.sequences_a_pass(text.tokens_NT.shape[1]))):
+                    logits = model.logits(batch)[:, :-1].float()
+                    targets = batch[:, 1:].to(logits.device)
+                    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+                    summed += float(losses.double().sum())
+                    count += targets.numel()
+                    done += len(batch)
+                    on_progress(done, total)
+                mean = summed / count
+                if not math.isfinite(mean) or mean > 700:
+                    raise RunError(f"perplexity on '{name}' is not finite: the model's mean loss is {mean}")
+                metrics[f"perplexity/{name}"] = math.exp(mean)
+        return metrics

@@ -1,0 +1,76 @@
+"""The help screen: every group, searchpath groups included, with one line an option."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from reprune.compose import config_root
+from reprune.tracking.progress import CONSOLE
+
+GROUPS = {
+    "model": "the language model",
+    "calibration": "text for the masks; also calibration@reconstruction_data=, calibration@probes.NAME=",
+    "pruner": "which weights go",
+    "pattern": "in what grid they go",
+    "allocation": "how the sparsity is spread over layers",
+    "schedule": "in how many steps",
+    "reconstruction": "how the dense output is restored; 'none' leaves what the pruner left",
+    "evaluation": "what is measured on the pruned model",
+    "tracking": "where metrics go beside the run folder",
+    "experiments": "one scientific question each",
+    "arm": "points of an experiment, differences only",
+    "sweeps": "grids",
+}
+TOP_LEVEL = {
+    "sparsity": "share of weights removed; null: the pattern's own, 0.5 for unstructured",
+    "seed, seed_data, seed_training": "the run's seed; data and training can be set apart",
+    "device, dtype, threads": "auto, or cpu, cuda, cuda:N, mps; float32, bfloat16, float16; a number",
+    "output_dir": "where run folders lie (outputs)",
+    "export.model, export.masks": "true writes the pruned model, the masks",
+    "experiment": "the W&B group",
+    "allow_overlap": "true runs although calibration repeats held-out text",
+    "dry_run": "true checks everything and prints the plan",
+}
+EXAMPLES = (
+    ("the default run: SmolLM2-135M, C4, SparseGPT 50 %, BR+GP", "reprune"),
+    ("Wanda 2:4, cross-block reconstruction, more text", "reprune pruner=wanda pattern=2to4 reconstruction=br_gp_cr calibration.num_sequences=64"),
+    ("the five arms of the quickstart", "reprune experiments=quickstart"),
+)  # fmt: skip
+
+
+def options(group: str) -> dict[str, str]:
+    """The options of a group with their one line, which is the first comment of the YAML."""
+    found: dict[str, str] = {}
+    for base in (config_root() / "conf" / group, config_root() / group):
+        for path in sorted(base.rglob("*.yaml")) if base.is_dir() else []:
+            found[str(path.relative_to(base).with_suffix(""))] = _first_comment(path)
+    return found
+
+
+def _first_comment(path: Path) -> str:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+    return next((line[2:].strip() for line in lines if not line.startswith("# @")), "")
+
+
+def show() -> None:
+    """Print the help screen."""
+    CONSOLE.print("reprune: reconstruction-aware pruning of language models\n", highlight=False)
+    CONSOLE.print("usage: reprune [-m] [GROUP=OPTION] [KEY=VALUE] …\n", markup=False, highlight=False)
+    table = Table.grid(padding=(0, 2))
+    for group, meaning in GROUPS.items():
+        there = options(group)
+        if not there:
+            continue
+        table.add_row(f"[bold]{group}[/bold]", f"[dim]{meaning}[/dim]")
+        for name, line in there.items():
+            table.add_row(f"  {name}", line)
+    table.add_row("", "")
+    for key, line in TOP_LEVEL.items():
+        table.add_row(f"[bold]{key}[/bold]", line)
+    CONSOLE.print(table)
+    CONSOLE.print("\nexamples", highlight=False)
+    for meaning, command in EXAMPLES:
+        CONSOLE.print(f"  # {meaning}\n  {command}", highlight=False, markup=False)
+    CONSOLE.print("\n-m runs every point of a sweep; --cfg job prints the composed config.", highlight=False)

@@ -1,0 +1,1 @@
+"""Everything that knows a model's architecture, files or device."""

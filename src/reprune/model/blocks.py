@@ -1,0 +1,148 @@
+"""Find a model's blocks, and call each one with its own arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reprune.errors import ConfigError, RunError
+
+
+def find_blocks(model: nn.Module, num_blocks: int, path: str | None) -> nn.ModuleList:
+    """The ModuleList at `path`, else the one of `num_blocks` modules with the most parameters.
+
+    Raises ConfigError, naming the key to set, when there is none.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if path is not None:
+        if path not in lists:
+            raise ConfigError("model.blocks_path", "no list of modules lies there", value=path, accepted=list(lists))
+        return lists[path]
+    fitting = [module for module in lists.values() if len(module) == num_blocks]
+    if not fitting:
+        raise ConfigError(
+            "model.blocks_path",
+            f"the model says it has {num_blocks} blocks, but no list of modules has that length",
+            accepted=[f"{name} ({len(module)})" for name, module in lists.items()],
+            hint="set model.blocks_path to the dotted path of the list of blocks",
+        )
+    return max(fitting, key=lambda blocks: sum(parameter.numel() for parameter in blocks.parameters()))
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments a block is called with beside its hidden states, as the model passed them."""
+
+    positional: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def in_float32(self) -> BlockCall:
+        """The same call with its floating-point arguments in float32, for training beside half-precision models."""
+        positional, keywords = _floated(self.positional), _floated(self.keywords)
+        return BlockCall(positional, keywords)
+
+    def run(self, block: nn.Module, hidden_BTH: Tensor) -> Tensor:
+        """The block's hidden states for `hidden_BTH`; both are [batch, tokens, hidden]."""
+        return hidden_of(block(hidden_BTH, *self.positional, **self.keywords))
+
+
+def _floated(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_floated(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _floated(item) for key, item in value.items()}
+    return value
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returned: the tensor itself, or the first of a tuple."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor), f"a block returned {type(hidden).__name__}"
+    return hidden
+
+
+class _Recorder:
+    """Stands in for a block's forward: keeps the arguments, hands the hidden states on unchanged.
+
+    The first block of each class runs for real once, which tells whether such blocks return a tensor or a tuple.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[BlockCall] = []
+        self.first_hidden: Tensor | None = None
+        self.wraps: dict[type, tuple[Any, ...] | None] = {}
+
+    def stand_in(self, block: nn.Module) -> Any:
+        real = block.forward
+
+        def record(*positional: Any, **keywords: Any) -> Any:
+            if positional:
+                hidden, rest = positional[0], positional[1:]
+            else:
+                keywords = dict(keywords)
+                hidden, rest = keywords.pop("hidden_states"), ()
+            if self.first_hidden is None:
+                self.first_hidden = hidden
+            self.calls.append(BlockCall(rest, keywords))
+            if type(block) not in self.wraps:
+                output = real(hidden, *rest, **keywords)
+                self.wraps[type(block)] = output[1:] if isinstance(output, tuple) else None
+            tail = self.wraps[type(block)]
+            return hidden if tail is None else (hidden, *tail)
+
+        return record
+
+
+@contextmanager
+def _standing_in(blocks: nn.ModuleList, recorder: _Recorder) -> Iterator[None]:
+    try:
+        for block in blocks:
+            block.forward = recorder.stand_in(block)
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@torch.no_grad()
+def record_calls(
+    model: nn.Module, base: nn.Module, blocks: nn.ModuleList, tokens_BT: Tensor
+) -> tuple[Tensor, list[BlockCall]]:
+    """What enters block 0, and each block's own arguments, for a batch of token ids [batch, tokens].
+
+    Replaying block 0's arguments for all blocks is wrong where attention types alternate.
+    """
+    recorder = _Recorder()
+    with _standing_in(blocks, recorder):
+        base(input_ids=tokens_BT, use_cache=False)
+    if len(recorder.calls) != len(blocks) or recorder.first_hidden is None:
+        raise RunError(
+            f"{len(recorder.calls)} of {len(blocks)} blocks were called in one forward pass; "
+            "set model.blocks_path to the list that holds every block of the text model"
+        )
+    return recorder.first_hidden, recorder.calls
+
+
+def same_calls(first: list[BlockCall], second: list[BlockCall]) -> bool:
+    """Whether two recordings hold equal arguments, tensors compared by value."""
+    return all(
+        _same(one.positional, other.positional) and _same(one.keywords, other.keywords)
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and bool(torch.equal(one, other))
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return type(one) is type(other)

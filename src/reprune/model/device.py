@@ -1,0 +1,123 @@
+"""The device plan: the one place that knows devices, dtypes and how much work goes through at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from reprune.errors import ConfigError, did_you_mean, require_positive
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_THREADS = torch.get_num_threads()
+TOKENS_A_PASS = {"cpu": 2048, "cuda": 32768, "mps": 8192}
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """Where blocks compute and in what dtype; weights and activations rest in host memory."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_threads: int
+
+    @property
+    def kind(self) -> str:
+        """'cpu', 'cuda' or 'mps'."""
+        return self.device.type
+
+    @property
+    def name(self) -> str:
+        """The device in words."""
+        if self.kind == "cuda":
+            return str(torch.cuda.get_device_name(self.device))
+        return f"{self.kind}, {self.num_threads} threads"
+
+    def sequences_a_pass(self, length: int) -> int:
+        """How many sequences of `length` tokens go through a block at once."""
+        return max(1, TOKENS_A_PASS[self.kind] // length)
+
+    @contextmanager
+    def holding(self, *modules: nn.Module) -> Iterator[None]:
+        """Keep `modules` on the device for the time of the context."""
+        if self.kind == "cpu":
+            yield
+            return
+        try:
+            for module in modules:
+                module.to(self.device)
+            yield
+        finally:
+            for module in modules:
+                module.to("cpu")
+
+    def put(self, value: object) -> object:
+        """Move the tensors of a nest of tuples, lists and dicts to the device."""
+        if isinstance(value, Tensor):
+            return value.to(self.device)
+        if isinstance(value, tuple | list):
+            return type(value)(self.put(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self.put(item) for key, item in value.items()}
+        return value
+
+    def synchronise(self) -> None:
+        """Wait for the device, so that seconds are charged to the stage that spent them."""
+        if self.kind == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def reset_peak(self) -> None:
+        """Start a new high-water mark of device memory."""
+        if self.kind == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_bytes(self) -> int | None:
+        """High-water mark of device memory since `reset_peak`; None where the device is the host."""
+        return int(torch.cuda.max_memory_allocated(self.device)) if self.kind == "cuda" else None
+
+
+def plan_device(device: str, dtype: str, checkpoint_dtype: torch.dtype | None, threads: int | None) -> DevicePlan:
+    """Resolve `device=auto|cpu|cuda|cuda:N|mps` and `dtype=auto|float32|bfloat16|float16`.
+
+    auto takes the first CUDA device, else the CPU; float32 on a CPU, the checkpoint's dtype elsewhere.
+    Raises ConfigError for a device or dtype that is unknown or not there.
+    """
+    require_positive(threads=threads)
+    chosen = _device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(
+            "dtype", "unknown dtype", value=dtype, accepted=["auto", *DTYPES], hint=did_you_mean(dtype, DTYPES)
+        )
+    if dtype != "auto":
+        resolved = DTYPES[dtype]
+    elif chosen.type == "cpu" or checkpoint_dtype is None:
+        resolved = torch.float32
+    else:
+        resolved = checkpoint_dtype
+    # Set once: oversubscribed threads make small operations crawl.
+    count = threads or DEFAULT_THREADS
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+    torch.set_float32_matmul_precision("highest")
+    return DevicePlan(chosen, resolved, count)
+
+
+def _device(device: str) -> torch.device:
+    there = ["cpu"]
+    there += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    there += ["mps"] if torch.backends.mps.is_available() else []
+    if device == "auto":
+        return torch.device("cuda:0" if "cuda" in there else "cpu")
+    if device not in there:
+        known = device.split(":")[0] in {"cpu", "cuda", "mps"}
+        raise ConfigError(
+            "device",
+            "this device is not there" if known else "unknown device",
+            value=device,
+            accepted=["auto", *there],
+            hint=None if known else did_you_mean(device, ["auto", *there]),
+        )
+    return torch.device(device)

@@ -1,0 +1,143 @@
+"""LoadedModel: model, tokenizer, blocks and device plan in one object; nothing else knows an architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reprune.errors import ConfigError, RunError
+from reprune.model.blocks import BlockCall, find_blocks, record_calls, same_calls
+from reprune.model.checkpoint import ModelSource
+from reprune.model.device import DevicePlan
+from reprune.model.linears import LinearView, linears_of
+
+
+@dataclass
+class LoadedModel:
+    """A causal language model in host memory, its blocks, its tokenizer and where it computes."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    blocks: nn.ModuleList
+    plan: DevicePlan
+    identity: dict[str, Any]
+    _calls: dict[tuple[int, int], list[BlockCall]] = field(default_factory=dict)
+
+    @property
+    def base(self) -> nn.Module:
+        """The model without its head."""
+        base = getattr(self.model, self.model.base_model_prefix, self.model)
+        assert isinstance(base, nn.Module)
+        return base
+
+    @cached_property
+    def linears(self) -> list[dict[str, LinearView]]:
+        """The prunable linears of each block, by name within the block."""
+        return [linears_of(block) for block in self.blocks]
+
+    @torch.no_grad()
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """What enters block 0 for token ids [batch, tokens]: [batch, tokens, hidden], on the host."""
+        hidden, calls = record_calls(self.model, self.base, self.blocks, tokens_BT)
+        known = self._calls.setdefault((tokens_BT.shape[0], tokens_BT.shape[1]), calls)
+        if not same_calls(known, calls):
+            raise RunError(
+                f"{self.name}: the arguments of its blocks depend on the tokens, which block-by-block replay "
+                "cannot give them; this model is not supported"
+            )
+        return hidden
+
+    def call(self, block: int, batch: int, length: int) -> BlockCall:
+        """How block `block` is called for a batch of that size and length, arguments on the device."""
+        key = (batch, length)
+        if key not in self._calls:
+            self.embed(torch.zeros(batch, length, dtype=torch.long))
+        recorded = self._calls[key][block]
+        put = self.plan.put
+        positional, keywords = put(recorded.positional), put(recorded.keywords)
+        assert isinstance(positional, tuple)
+        assert isinstance(keywords, dict)
+        return BlockCall(positional, keywords)
+
+    @torch.no_grad()
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """Logits [batch, tokens, vocabulary] on the device; the caller holds the model there."""
+        output = self.model(input_ids=tokens_BT.to(self.plan.device), use_cache=False)
+        logits = output.logits
+        assert isinstance(logits, Tensor)
+        return logits
+
+    def save(self, folder: Path) -> None:
+        """Write model and tokenizer so that plain transformers loads them."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer of a model source; no weights are read."""
+    from transformers import AutoTokenizer
+
+    folder = source.description()
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError("model", f"its tokenizer cannot be loaded: {_first_line(error)}", value=folder) from error
+
+
+def load_config(source: ModelSource) -> Any:
+    """The transformers config of a model source; no weights are read."""
+    from transformers import AutoConfig
+
+    folder = source.description()
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError("model", f"its config cannot be loaded: {_first_line(error)}", value=folder) from error
+
+
+def skeleton(source: ModelSource) -> tuple[nn.Module, nn.ModuleList]:
+    """The model and its blocks on the meta device: every shape, no weights, no memory."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    return model, find_blocks(model, config.get_text_config().num_hidden_layers, source.blocks_path)
+
+
+def load_model(source: ModelSource, tokenizer: Any, plan: DevicePlan) -> LoadedModel:
+    """Load the weights into host memory in the plan's dtype, ready for evaluation."""
+    from transformers import AutoModelForCausalLM
+
+    folder = source.folder()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=plan.dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=source.trust_remote_code,
+    )
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    num_blocks = model.config.get_text_config().num_hidden_layers
+    blocks = find_blocks(model, num_blocks, source.blocks_path)
+    return LoadedModel(source.name, model, tokenizer, blocks, plan, source.identity())
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts its BOS token at the head of a text."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,140 @@
+"""The kinds of model source, one class for each YAML in conf/model: wheel, hub name, folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reprune.cache import cached_folder
+from reprune.errors import ConfigError
+from reprune.model.assets import Wheel
+from reprune.model.checkpoint import content_identity, converted_from_pickle, weight_files
+
+
+@dataclass(kw_only=True)
+class WheelModel:
+    """A GGUF file in one or several wheels, dequantised once to float32 safetensors in the cache.
+
+    `packages`, `versions`-in-common, `sha256` and `members` run in parallel; several members are chunks of one
+    file, joined in order.
+    """
+
+    name: str
+    packages: Sequence[str]
+    version: str
+    sha256: Sequence[str]
+    members: Sequence[str]
+    blocks_path: str | None = None
+    trust_remote_code: bool = False
+
+    def _wheels(self) -> list[Wheel]:
+        rows = zip(self.packages, self.sha256, self.members, strict=True)
+        return [Wheel(package, self.version, digest, (member,)) for package, digest, member in rows]
+
+    def identity(self) -> dict[str, Any]:
+        """The pinned hashes of the wheels."""
+        return {"wheels": list(self.sha256)}
+
+    def description(self) -> Path:
+        """The converted folder: small enough to be made whole."""
+        return self.folder()
+
+    def folder(self) -> Path:
+        """The converted model, made on first use."""
+        folders = [wheel.require("model") for wheel in self._wheels()]
+        key = {"kind": "from_gguf", **self.identity()}
+
+        def convert(target: Path) -> None:
+            import torch
+            from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+            joined = target / "joined.gguf"
+            with joined.open("wb") as stream:
+                for folder, member in zip(folders, self.members, strict=True):
+                    stream.write((folder / Path(member).name).read_bytes())
+            model = AutoModelForCausalLM.from_pretrained(
+                target,
+                gguf_file=joined.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                local_files_only=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(target, gguf_file=joined.name, local_files_only=True)
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+            joined.unlink()
+
+        return cached_folder("models", key, convert)
+
+
+@dataclass(kw_only=True)
+class HubModel:
+    """A model of the Hugging Face hub, by name and revision, from the hub's cache or the network."""
+
+    name: str
+    repository: str
+    revision: str = "main"
+    allow_bin: bool = False
+    blocks_path: str | None = None
+    trust_remote_code: bool = False
+
+    def _snapshot(self, patterns: list[str]) -> Path:
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(self.repository, revision=self.revision, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                "model.repository",
+                f"cannot be had from the hub or its cache{offline}: {reason[:200]}",
+                value=f"{self.repository} at {self.revision}",
+                hint="log in with 'hf auth login' if it is gated; without network use model=local model.path=FOLDER",
+            ) from error
+
+    def identity(self) -> dict[str, Any]:
+        """Repository and commit: the snapshot's folder is named by it."""
+        return {"repository": self.repository, "commit": self.description().name}
+
+    def description(self) -> Path:
+        """Config and tokenizer files only."""
+        return self._snapshot(["*.json", "*.txt", "*.model", "*.jinja"])
+
+    def folder(self) -> Path:
+        """The whole snapshot; `.bin` weights are converted once if `allow_bin`."""
+        patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
+        snapshot = self._snapshot([*patterns, "pytorch_model*.bin"] if self.allow_bin else patterns)
+        files = weight_files(snapshot, "model.repository", self.allow_bin)
+        return converted_from_pickle(snapshot, files) if files.pickled else snapshot
+
+
+@dataclass(kw_only=True)
+class LocalModel:
+    """A folder that holds a saved transformers model."""
+
+    path: str
+    name: str = "local"
+    allow_bin: bool = False
+    blocks_path: str | None = None
+    trust_remote_code: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """Hash of config and weights, wherever the folder lies."""
+        return content_identity(self._files(), Path(self.path) / "config.json")
+
+    def _files(self) -> Any:
+        return weight_files(Path(self.path), "model.path", self.allow_bin)
+
+    def description(self) -> Path:
+        """The folder itself, checked."""
+        self._files()
+        return Path(self.path)
+
+    def folder(self) -> Path:
+        """The folder, or its conversion if its weights are pickles and that is allowed."""
+        files = self._files()
+        return converted_from_pickle(Path(self.path), files) if files.pickled else Path(self.path)

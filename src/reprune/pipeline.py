@@ -1,0 +1,214 @@
+"""A run, from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from reprune.calibration.roles import Texts
+from reprune.check import RunPlan
+from reprune.engine.activations import Stores
+from reprune.engine.layers import PruningPlan
+from reprune.engine.loop import BlockLoop
+from reprune.engine.state import RunState
+from reprune.errors import ConfigError, RunError
+from reprune.evaluation.suite import dense_metrics, evaluate_pruned, finished, metrics_of
+from reprune.files import read_json, write_atomically, write_json, write_tensors
+from reprune.model.loading import LoadedModel, load_model
+from reprune.records import block_metrics, measured_sparsity, reconstruction_metrics
+from reprune.resources import StageMeter
+from reprune.run_folder import environment_of
+from reprune.tracking.contract import RunInfo, Tracker
+from reprune.tracking.progress import ProgressView
+
+LOG = logging.getLogger("reprune")
+OnCommit = Callable[[int], None]
+
+
+def run(plan: RunPlan, after_commit: OnCommit = lambda windows: None) -> dict[str, Any]:
+    """Prune, reconstruct, evaluate, record; returns the result. A finished run is not done again.
+
+    Raises RunError when the run cannot go on; what was recorded stays, and the folder says why.
+    """
+    folder = plan.folder
+    with folder.locked():
+        if _complete(plan):
+            LOG.info("%s is finished: nothing to do", folder.path)
+            result: dict[str, Any] = read_json(folder.path / "result.json")
+            return result
+        facts = {"windows_done": RunState(folder.state).windows_done()}
+        folder.mark("running", **facts)
+        folder.write_setup(yaml.safe_dump(plan.config, sort_keys=False), environment_of(plan.device))
+        try:
+            return _run(plan, after_commit)
+        except KeyboardInterrupt:
+            folder.mark("interrupted", block=len(folder.blocks()))
+            raise
+        except (RunError, ConfigError, OSError, torch.OutOfMemoryError) as error:
+            folder.mark("failed", block=len(folder.blocks()), error=str(error))
+            raise _explained(error, plan) from error
+        except Exception as error:
+            folder.mark("failed", block=len(folder.blocks()), error=f"{type(error).__name__}: {error}")
+            raise
+
+
+def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
+    """The method section: load, text, dense evaluation, prune and reconstruct, pruned evaluation, record."""
+    folder, meter = plan.folder, StageMeter(plan.device)
+    with ExitStack() as stack:
+        view = stack.enter_context(ProgressView())
+        tracker = stack.enter_context(plan.tracking.start(_info(plan)))
+        with meter.stage("loading"):
+            model = load_model(plan.source, plan.tokenizer, plan.device)
+        with meter.stage("text"):
+            texts = plan.texts(model)
+            overlap = plan.check_texts(texts)
+            save_texts(folder.path / "calibration.safetensors", texts)
+        with meter.stage("dense evaluation"):
+            dense = _dense(plan, model, view)
+        rows, masks = _block_loop(plan, model, texts, meter, view, tracker, after_commit).run()
+        folder.write_blocks(rows)
+        view.clear()
+        with meter.stage("evaluation"):
+            for entry in plan.suite:
+                if not finished(folder.path, entry):
+                    evaluate_pruned(model, entry, folder.path, view.evaluation)
+        with meter.stage("export"):
+            _export(plan, model, masks)
+        result = _result(plan, rows, meter, dense, overlap)
+        tracker.finish(_summary(result), [{"block": row["block"], **block_metrics(row)} for row in rows])
+    folder.mark("finished")
+    write_json(folder.path / "result.json", result)
+    return result
+
+
+def _block_loop(
+    plan: RunPlan,
+    model: LoadedModel,
+    texts: Texts,
+    meter: StageMeter,
+    view: ProgressView,
+    tracker: Tracker,
+    after_commit: OnCommit,
+) -> BlockLoop:
+    folder = plan.folder
+    state = RunState(folder.state)
+    if state.windows_done():
+        LOG.info("going on after %d finished windows in %s", state.windows_done(), folder.path)
+
+    def committed(windows: int, rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
+        folder.write_blocks(rows)
+        folder.mark("running", block=len(rows), windows_done=windows)
+        for row in new:
+            tracker.log(block_metrics(row), step={"block/index": row["block"]})
+        after_commit(windows)
+
+    return BlockLoop(
+        model=model,
+        texts=texts,
+        pruning=PruningPlan(plan.pruner, plan.pattern, plan.layer_sparsity, plan.seed_training),
+        technique=plan.technique,
+        stores=Stores(
+            plan.device.dtype, plan.shapes.hidden_size, folder.path / "activations", plan.activations_on_disk
+        ),
+        state=state,
+        meter=meter,
+        listener=view,
+        seed_training=plan.seed_training,
+        after_commit=committed,
+    )
+
+
+def _complete(plan: RunPlan) -> bool:
+    if not plan.folder.finished or not all(finished(plan.folder.path, entry) for entry in plan.suite):
+        return False
+    export = plan.config["export"]
+    wanted = [name for name, asked in (("model", export["model"]), ("masks", export["masks"])) if asked]
+    return all((plan.folder.path / name).is_dir() for name in wanted)
+
+
+def _info(plan: RunPlan) -> RunInfo:
+    return RunInfo(plan.folder.id, plan.folder.path, plan.config["experiment"], plan.config)
+
+
+def _dense(plan: RunPlan, model: LoadedModel, view: ProgressView) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for entry in plan.suite:
+        found = dense_metrics(model, entry, view.evaluation)
+        metrics |= {f"eval/dense/{name}": value for name, value in found.items()}
+    return metrics
+
+
+def save_texts(path: Path, texts: Texts) -> None:
+    """The very token ids of every text, int64 [sequences, length], as 'role/name'; the mask data also as `input_ids`."""
+    tensors = {f"{text.role}/{text.name}": text.tokens_NT for text in texts.all}
+    if len(texts.mask) == 1:
+        tensors["input_ids"] = texts.mask[0].tokens_NT.clone()
+    write_tensors(path, tensors)
+
+
+def _export(plan: RunPlan, model: LoadedModel, masks: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+    path = plan.folder.path
+    if plan.config["export"]["masks"]:
+        tensors = {f"{block}.{name}": keep for block, layers in masks.items() for name, keep in layers.items()}
+        write_tensors(path / "masks" / "masks.safetensors", tensors)
+    if plan.config["export"]["model"] and not (path / "model").is_dir():
+        partial = path / ".model.part"
+        model.save(partial)
+        partial.rename(path / "model")
+
+
+def _result(
+    plan: RunPlan,
+    rows: list[dict[str, Any]],
+    meter: StageMeter,
+    dense: Mapping[str, float],
+    overlap: Mapping[str, float],
+) -> dict[str, Any]:
+    pruned, failed = metrics_of(plan.folder.path)
+    earlier = read_json(plan.folder.path / "result.json") if plan.folder.finished else {}
+    result: dict[str, Any] = {
+        "id": plan.folder.id,
+        "status": "finished",
+        "config_hash": plan.folder.id.rsplit("-", 1)[1],
+        "identity": plan.identity,
+        "choices": plan.composed.choices,
+        "experiment": plan.config["experiment"],
+        "sparsity": measured_sparsity(rows),
+        "seconds": {name: round(seconds, 3) for name, seconds in meter.seconds.items()},
+        "peak_memory_bytes": meter.peak_bytes,
+        "overlap": dict(overlap),
+        "metrics": {**earlier.get("metrics", {}), **dense, **pruned, **reconstruction_metrics(rows)},
+    }
+    if earlier:
+        # The time and memory of a run are those of its pruning, not of an evaluation added later.
+        result |= {name: earlier[name] for name in ("seconds", "peak_memory_bytes")}
+    if meter.device_peak_bytes:
+        result["peak_device_memory_bytes"] = meter.device_peak_bytes
+    if failed:
+        result["failed_evaluations"] = failed
+    return result
+
+
+def _summary(result: Mapping[str, Any]) -> dict[str, Any]:
+    seconds = {f"seconds/{stage}": value for stage, value in result["seconds"].items()}
+    memory = {f"peak_memory_bytes/{stage}": value for stage, value in result["peak_memory_bytes"].items()}
+    return {**result["metrics"], "sparsity/total": result["sparsity"]["total"], **seconds, **memory}
+
+
+def _explained(error: Exception, plan: RunPlan) -> Exception:
+    if isinstance(error, torch.OutOfMemoryError):
+        place = f"block {len(plan.folder.blocks())}"
+        return RunError(
+            f"{place}: the device is out of memory; lower reconstruction.batch_size "
+            f"(now {plan.technique.batch_size}) or calibration.length, or use dtype=bfloat16"
+        )
+    if isinstance(error, OSError):
+        return RunError(f"{error.strerror or error}: {error.filename or plan.folder.path}")
+    return error

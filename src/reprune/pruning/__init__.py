@@ -1,0 +1,1 @@
+"""Pruning methods, a file each."""

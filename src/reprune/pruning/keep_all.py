@@ -1,0 +1,22 @@
+"""Pruner `none`: the dense model, as a row of comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from reprune.pruning.contract import LayerContext, Needs, Pruned
+from reprune.sparsity.patterns import Pattern
+
+
+@dataclass(kw_only=True)
+class KeepAll:
+    """M = 1, whatever the sparsity."""
+
+    needs: ClassVar[Needs] = Needs(prunes=False)
+
+    def prune(self, layer: LayerContext, pattern: Pattern, sparsity: float) -> Pruned:
+        """See Pruner."""
+        return Pruned(layer.weight.clone(), torch.ones_like(layer.weight, dtype=torch.bool))

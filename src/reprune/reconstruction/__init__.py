@@ -1,0 +1,1 @@
+"""Reconstruction: the space of techniques, losses, trainable parameters, the optimiser loop."""

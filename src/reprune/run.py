@@ -1,0 +1,82 @@
+"""The entry point: compose, check, run, exit code.
+
+0 done; 1 a run failed; 2 bad input, found before any weight is loaded; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from reprune import dry_run, help
+from reprune.compose import Composed, compose_run, jobs_of, plain, prepare
+from reprune.errors import ConfigError, RunError
+from reprune.tracking.progress import LOG, configure_logging, quiet_libraries
+
+HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--shell-completion", "-sc")
+
+
+def main() -> None:
+    """Compose and check every job of the command line first; only then enter Hydra, whose jobs raise."""
+    arguments = sys.argv[1:]
+    if {"--help", "-h"} & set(arguments):
+        help.show()
+        return
+    config_folder = prepare()
+    try:
+        if not any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
+            check_all(arguments)
+        else:
+            compose_run([argument for argument in arguments if "=" in argument and not argument.startswith("-")])
+    except ConfigError as error:
+        print(f"\n{error}\n", file=sys.stderr)
+        raise SystemExit(2) from None
+    # Otherwise Hydra prints its own trace and exits before main can say what happened.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(config_path=str(config_folder), config_name="config", version_base="1.3")(job)()
+    except (RunError, ConfigError) as error:
+        print(f"\nfailed: {error}\n", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from the last finished window\n", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def check_all(arguments: list[str]) -> None:
+    """Compose and check every job that the arguments stand for; raises the first ConfigError."""
+    composed = [compose_run(overrides) for overrides in jobs_of(arguments)]
+    # Composing is cheap and catches most slips; what follows imports torch and reads text.
+    from reprune.check import check
+
+    quiet_libraries()
+    for one in composed:
+        check(one)
+
+
+def job(config: DictConfig) -> dict[str, Any] | None:
+    """One run inside Hydra, in this process or in a launcher's."""
+    from reprune.check import check
+    from reprune.pipeline import run
+
+    configure_logging()
+    quiet_libraries()
+    settings = HydraConfig.get()
+    choices = {str(key): str(value or "") for key, value in settings.runtime.choices.items()}
+    plan = check(Composed(plain(config), choices, tuple(settings.overrides.task), {}))
+    if plan.config["dry_run"]:
+        dry_run.show(plan)
+        return None
+    LOG.info("run     %s", plan.folder.path)
+    result = run(plan)
+    LOG.info("done    %s", plan.folder.path / "result.json")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""RunConfig: the one structured config. Unknown top-level keys and wrong types are refused when it is composed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class ExportConfig:
+    """What is written beside the record."""
+
+    model: bool = False
+    masks: bool = False
+
+
+@dataclass
+class RunConfig:
+    """One run. The nodes typed Any are options of the groups in conf/, each with a `_target_`."""
+
+    model: Any = MISSING
+    calibration: Any = MISSING
+    reconstruction_data: Any = MISSING
+    probes: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, Any] = field(default_factory=dict)
+    pruner: Any = MISSING
+    pattern: Any = MISSING
+    allocation: Any = MISSING
+    schedule: Any = MISSING
+    reconstruction: Any = MISSING
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    tracking: Any = MISSING
+    export: ExportConfig = field(default_factory=ExportConfig)
+    experiment: str = "default"
+    sparsity: float | None = None
+    seed: int = 0
+    seed_data: int | None = None
+    seed_training: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    output_dir: str = "outputs"
+    allow_overlap: bool = False
+    dry_run: bool = False
+
+
+def register() -> None:
+    """Make the schema known to Hydra under the name that conf/config.yaml begins with."""
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)

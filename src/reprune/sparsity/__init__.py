@@ -1,0 +1,1 @@
+"""Patterns, allocations over layers, schedules over steps."""

@@ -1,0 +1,140 @@
+"""Patterns: which weights of a comparison group are kept, by an exact count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from math import floor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from reprune.errors import ConfigError, require_positive
+
+
+class Group(Enum):
+    """What a weight is compared with: its output row, or the whole matrix."""
+
+    ROW = "row"
+    MATRIX = "matrix"
+
+
+class Pattern(Protocol):
+    """From scores to a keep mask."""
+
+    @property
+    def columns(self) -> int | None:
+        """How many consecutive inputs are decided together; None where any choice is allowed."""
+        ...
+
+    def resolve(self, sparsity: float | None) -> float:
+        """The sparsity to use for the one the user gave; ConfigError where they do not go together."""
+        ...
+
+    def check_shape(self, layer: str, shape: tuple[int, int]) -> None:
+        """ConfigError for a layer [d_out, d_in] that cannot hold the pattern."""
+        ...
+
+    def keep(self, scores: Tensor, sparsity: float, within: Group) -> Tensor:
+        """Bool mask like `scores` [d_out, d_in], True where the weight stays."""
+        ...
+
+
+def count_removed(size: int, sparsity: float) -> int:
+    """Round-half-up of size × sparsity: how many of a group of `size` are removed."""
+    return floor(size * sparsity + 0.5)
+
+
+def keep_highest(scores: Tensor, removed: int) -> Tensor:
+    """Mask of each row of `scores` [rows, n] without its `removed` lowest; among equals the first go.
+
+    The count is exact whatever ties there are, which a threshold alone does not give.
+    """
+    if removed == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if removed == scores.shape[1]:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(removed, dim=1, keepdim=True).values
+    below = scores < threshold
+    equal = scores == threshold
+    still = removed - below.sum(dim=1, keepdim=True)
+    drop = below | (equal & (equal.cumsum(dim=1) <= still))
+    return ~drop
+
+
+@dataclass(kw_only=True)
+class Unstructured:
+    """Any weight may go; round-half-up(n · sparsity) of each comparison group of n do."""
+
+    @property
+    def columns(self) -> int | None:
+        """None: no grid."""
+        return None
+
+    def resolve(self, sparsity: float | None) -> float:
+        """0.5 where none is given; must lie in [0, 1)."""
+        if sparsity is None:
+            return 0.5
+        if not 0 <= sparsity < 1:
+            raise ConfigError("sparsity", "outside its range", value=sparsity, accepted="0 ≤ sparsity < 1")
+        return sparsity
+
+    def check_shape(self, layer: str, shape: tuple[int, int]) -> None:
+        """Every shape will do."""
+
+    def keep(self, scores: Tensor, sparsity: float, within: Group) -> Tensor:
+        """See Pattern."""
+        rows = scores.reshape(1, -1) if within is Group.MATRIX else scores
+        return keep_highest(rows, count_removed(rows.shape[1], sparsity)).reshape(scores.shape)
+
+
+@dataclass(kw_only=True)
+class KeptOfGroup:
+    """N:M as kept:group: of every `group` consecutive inputs of an output, `kept` stay (2:4 keeps 2 of 4)."""
+
+    kept: int
+    group: int
+
+    def __post_init__(self) -> None:
+        require_positive(kept=self.kept, group=self.group)
+        if self.kept > self.group:
+            raise ConfigError(
+                "kept",
+                "more weights are kept than a group has",
+                value=f"kept={self.kept}, group={self.group}",
+                accepted="kept ≤ group",
+                hint="N:M is kept:group here, so 2:4 is kept=2 group=4",
+            )
+
+    @property
+    def columns(self) -> int | None:
+        """The group."""
+        return self.group
+
+    def resolve(self, sparsity: float | None) -> float:
+        """1 − kept/group; another sparsity is an error."""
+        implied = 1 - self.kept / self.group
+        if sparsity is not None and abs(sparsity - implied) > 1e-9:
+            raise ConfigError(
+                "sparsity",
+                f"{self.kept}:{self.group} implies another sparsity",
+                value=sparsity,
+                accepted=f"{implied:g}, or null",
+            )
+        return implied
+
+    def check_shape(self, layer: str, shape: tuple[int, int]) -> None:
+        """The inputs must divide into groups."""
+        if shape[1] % self.group:
+            raise ConfigError(
+                "pattern.group",
+                f"{layer} has {shape[1]} inputs, which do not divide into groups of {self.group}",
+                value=self.group,
+                accepted=f"a divisor of {shape[1]}",
+            )
+
+    def keep(self, scores: Tensor, sparsity: float, within: Group) -> Tensor:
+        """See Pattern; `within` does not matter, the group decides."""
+        grouped = scores.reshape(-1, self.group)
+        return keep_highest(grouped, self.group - self.kept).reshape(scores.shape)

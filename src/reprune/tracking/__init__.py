@@ -1,0 +1,1 @@
+"""Metrics to JSONL and Weights & Biases, progress to a person."""

@@ -1,0 +1,91 @@
+"""Weights & Biases as a mirror of the JSONL files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from reprune.tracking.contract import RunInfo, Tracker
+from reprune.tracking.jsonl import JsonlTracking
+
+LOG = logging.getLogger("reprune")
+CONNECT_SECONDS = 8
+
+
+@dataclass(kw_only=True)
+class WandbTracking:
+    """One W&B run an attempt, grouped by experiment; per-block series on their own step metric `block/index`.
+
+    A server that cannot be reached is no reason to lose a run: it goes on offline and says so.
+    """
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "reprune"
+    entity: str | None = None
+
+    @contextmanager
+    def start(self, info: RunInfo) -> Iterator[Tracker]:
+        """See Tracking."""
+        with JsonlTracking().start(info) as jsonl:
+            if self.mode == "disabled":
+                yield jsonl
+                return
+            run = self._open(info)
+            code = 1
+            try:
+                run.define_metric("block/index")
+                run.define_metric("block/*", step_metric="block/index")
+                yield _Both(jsonl, run)
+                code = 0
+            finally:
+                run.finish(exit_code=code)
+
+    def _open(self, info: RunInfo) -> Any:
+        import wandb
+
+        def init(mode: str) -> Any:
+            return wandb.init(
+                project=self.project,
+                entity=self.entity,
+                mode=mode,
+                name=info.id,
+                group=info.group,
+                config={"reprune_id": info.id, **info.config},
+                dir=info.folder,
+                settings=wandb.Settings(silent=True, console="off", init_timeout=CONNECT_SECONDS),
+            )
+
+        if self.mode == "online":
+            try:
+                return init("online")
+            except (wandb.Error, OSError) as error:
+                wandb.teardown()
+                LOG.warning(
+                    "W&B cannot be reached (%s); tracking offline, send it later with: wandb sync '%s'",
+                    (str(error).splitlines() or [type(error).__name__])[0],
+                    info.folder / "wandb",
+                )
+        return init("offline")
+
+
+class _Both:
+    def __init__(self, jsonl: Tracker, run: Any) -> None:
+        self.jsonl = jsonl
+        self.run = run
+
+    def log(self, metrics: Mapping[str, float], *, step: Mapping[str, int]) -> None:
+        self.jsonl.log(metrics, step=step)
+        self.run.log({**step, **metrics})
+
+    def finish(self, summary: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        self.jsonl.finish(summary, blocks)
+        if blocks:
+            columns = list(blocks[0])
+            rows = [[block.get(column) for column in columns] for block in blocks]
+            self.run.log({"blocks": wandb.Table(columns=columns, data=rows)})
+        self.run.summary.update(dict(summary))
