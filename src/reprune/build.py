@@ -23,7 +23,9 @@ def build(node: Any, key: str, where: Mapping[str, str] | None = None) -> Any:
     target, an unknown or missing key, a wrong type, and whatever the constructor refuses.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ConfigError(key, "this is not an option of its group", value=node, hint=f"choose one, e.g. {key}=NAME")
+        raise ConfigError(
+            key, "this is not an option of its group", value=node, hint=f"choose one, e.g. {key}=NAME"
+        )
     target = _import(str(node["_target_"]), key)
     given = {name: value for name, value in node.items() if name != "_target_"}
     parameters = dict(inspect.signature(target).parameters)
@@ -45,7 +47,9 @@ def build(node: Any, key: str, where: Mapping[str, str] | None = None) -> Any:
     # A dataclass inherits annotations from other modules, whose names only the class itself resolves.
     plain_class = inspect.isclass(target) and not is_dataclass(target)
     hints = get_type_hints(target.__init__ if plain_class else target)
-    arguments = {name: _value(value, f"{key}.{name}", hints.get(name, Any), where) for name, value in given.items()}
+    arguments = {
+        name: _value(value, f"{key}.{name}", hints.get(name, Any), where) for name, value in given.items()
+    }
     try:
         return target(**arguments)
     except ConfigError as error:
@@ -61,7 +65,9 @@ def _value(value: Any, key: str, hint: Any, where: Mapping[str, str] | None) -> 
         return TypeAdapter(hint, config=_STRICT).validate_python(value)
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"] if part in (value if isinstance(value, Mapping) else ()))
+        place = ".".join(
+            str(part) for part in problem["loc"] if part in (value if isinstance(value, Mapping) else ())
+        )
         raise ConfigError(
             f"{key}.{place}" if place else key,
             "wrong type or value",

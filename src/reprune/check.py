@@ -96,10 +96,18 @@ class RunPlan:
 
     def check_texts(self, texts: Texts) -> dict[str, float]:
         """Roles and overlap; see calibration.roles."""
-        evaluation = {f"{entry.name}.{name}": text for entry in self.suite for name, text in entry.texts.items()}
-        common = common_runs(self.tokenizer, "calibration") if TEXTS.cached() else distinct(np.empty(0, dtype=np.uint64))
+        evaluation = {
+            f"{entry.name}.{name}": text for entry in self.suite for name, text in entry.texts.items()
+        }
+        common = (
+            common_runs(self.tokenizer, "calibration")
+            if TEXTS.cached()
+            else distinct(np.empty(0, dtype=np.uint64))
+        )
         check_lengths([text.tokens_NT.shape[1] for text in texts.reconstruction])
-        return check_roles(texts, evaluation, common, run_length(self.tokenizer), self.config["allow_overlap"])
+        return check_roles(
+            texts, evaluation, common, run_length(self.tokenizer), self.config["allow_overlap"]
+        )
 
 
 def check(composed: Composed) -> RunPlan:
@@ -120,7 +128,9 @@ def check(composed: Composed) -> RunPlan:
     if not pruner.needs.prunes:
         config["sparsity"] = 0.0 if config["sparsity"] is None else config["sparsity"]
     sparsity = pattern.resolve(config["sparsity"]) if pruner.needs.prunes else 0.0
-    require_nonnegative(seed=config["seed"], seed_data=config["seed_data"], seed_training=config["seed_training"])
+    require_nonnegative(
+        seed=config["seed"], seed_data=config["seed_data"], seed_training=config["seed_training"]
+    )
     _check_writable(Path(config["output_dir"]))
     device = plan_device(config["device"], config["dtype"], _dtype_of(source), config["threads"])
     tokenizer = load_tokenizer(source)
@@ -187,7 +197,9 @@ def _shapes(source: ModelSource) -> Shapes:
     model, blocks = skeleton(source)
     hidden = model.config.get_text_config().hidden_size
     linears = {
-        f"{index}.{name}": view.shape for index, block in enumerate(blocks) for name, view in linears_of(block).items()
+        f"{index}.{name}": view.shape
+        for index, block in enumerate(blocks)
+        for name, view in linears_of(block).items()
     }
     if not linears:
         raise ConfigError("model", "its blocks have no linear layers that can be pruned", value=source.name)
@@ -202,10 +214,13 @@ def _shapes(source: ModelSource) -> Shapes:
 
 def _label(composed: Composed, source: ModelSource) -> str:
     choices = composed.choices
-    return "-".join([source.name, choices.get("pruner", "pruner"), choices.get("reconstruction", "reconstruction")])
+    technique = choices.get("arm") or choices.get("reconstruction", "reconstruction")
+    return "-".join([source.name, choices.get("pruner", "pruner"), technique])
 
 
-def _activation_bytes(requests: list[Request], shapes: Shapes, technique: Technique, device: DevicePlan) -> int:
+def _activation_bytes(
+    requests: list[Request], shapes: Shapes, technique: Technique, device: DevicePlan
+) -> int:
     tokens = sum((request.source.num_sequences or 0) * (request.source.length or 0) for request in requests)
     # Dense boundaries of a window, the pruned chain, and one being written.
     boundaries = technique.window + 1 + 3
@@ -254,7 +269,9 @@ def _check_room(plan: RunPlan) -> None:
 def _check_writable(output_dir: Path) -> None:
     place = _existing(output_dir)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError("output_dir", f"cannot be written: {place}", value=output_dir, accepted="a writable folder")
+        raise ConfigError(
+            "output_dir", f"cannot be written: {place}", value=output_dir, accepted="a writable folder"
+        )
 
 
 def _existing(path: Path) -> Path:

@@ -97,7 +97,9 @@ def jobs_of(arguments: Sequence[str]) -> Iterator[list[str]]:
     fixed = [item.input_line for item in parsed if not item.is_sweep_override() and item.input_line]
     given = {item.key_or_group: [item.input_line] for item in parsed if not item.is_sweep_override()}
     swept = {
-        item.get_key_element(): [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
+        item.get_key_element(): [
+            f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()
+        ]
         for item in parsed
         if item.is_sweep_override()
     }
@@ -129,18 +131,26 @@ def translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
         group, _, name = option[1].rpartition("/")
         options = _options(group)
         return ConfigError(
-            group or "option", "no such option", value=name, accepted=options, hint=did_you_mean(name, options)
+            group or "option",
+            "no such option",
+            value=name,
+            accepted=options,
+            hint=did_you_mean(name, options),
         )
     unmatched = re.search(r"Could not override '([^']+)'.*?No match in the defaults list", text, re.DOTALL)
     if unmatched:
         groups = sorted({path.name for path in (config_root() / "conf").iterdir() if path.is_dir()})
         word = unmatched[1].split("@")[0].split("=")[0]
-        return ConfigError(unmatched[1], "no such group of options", accepted=groups, hint=did_you_mean(word, groups))
+        return ConfigError(
+            unmatched[1], "no such group of options", accepted=groups, hint=did_you_mean(word, groups)
+        )
     key = re.search(r"full_key: (\S+)", text)
     name = key[1] if key else (re.search(r"Key '([^']+)'", text) or ["", ""])[1]
     if "not in" in text and name:
         return _unknown_key(name, overrides)
-    problem = next((str(cause) for cause in reversed(causes) if str(cause)), type(error).__name__).splitlines()[0]
+    problem = next(
+        (str(cause) for cause in reversed(causes) if str(cause)), type(error).__name__
+    ).splitlines()[0]
     return ConfigError(name, problem.strip(), value=_value_in(name, overrides), accepted=_type_of(name))
 
 
@@ -148,7 +158,7 @@ def _unknown_key(name: str, overrides: Sequence[str]) -> ConfigError:
     head, _, last = name.rpartition(".")
     value = _value_in(name, overrides)
     if not head:
-        top = [field for field in RunConfig.__dataclass_fields__]
+        top = list(RunConfig.__dataclass_fields__)
         return ConfigError(
             name, f"unknown key{files_with(name)}", value=value, accepted=top, hint=did_you_mean(last, top)
         )

@@ -21,7 +21,10 @@ def show(plan: RunPlan) -> None:
     for (name, (d_out, d_in)), count in kinds.items():
         table.add_row("", f"{count} × {name} [{d_out} × {d_in}]")
     removed = sum(shapes.num_weights[name] * share for name, share in plan.layer_sparsity.items())
-    table.add_row("pruned", f"{removed / 1e6:,.1f} M of {prunable / 1e6:,.1f} M prunable weights ({removed / prunable:.1%})")
+    table.add_row(
+        "pruned",
+        f"{removed / 1e6:,.1f} M of {prunable / 1e6:,.1f} M prunable weights ({removed / prunable:.1%})",
+    )
     window = f"window {technique.window}, stride {technique.stride}, {technique.epochs} epochs, lr {technique.learning_rate:g}"
     table.add_row("reconstruction", window if technique.trains else "none")
     for request in plan.requests:

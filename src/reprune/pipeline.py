@@ -19,7 +19,7 @@ from reprune.engine.loop import BlockLoop
 from reprune.engine.state import RunState
 from reprune.errors import ConfigError, RunError
 from reprune.evaluation.suite import dense_metrics, evaluate_pruned, finished, metrics_of
-from reprune.files import read_json, write_atomically, write_json, write_tensors
+from reprune.files import read_json, write_json, write_tensors
 from reprune.model.loading import LoadedModel, load_model
 from reprune.records import block_metrics, measured_sparsity, reconstruction_metrics
 from reprune.resources import StageMeter
@@ -156,7 +156,9 @@ def save_texts(path: Path, texts: Texts) -> None:
 def _export(plan: RunPlan, model: LoadedModel, masks: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
     path = plan.folder.path
     if plan.config["export"]["masks"]:
-        tensors = {f"{block}.{name}": keep for block, layers in masks.items() for name, keep in layers.items()}
+        tensors = {
+            f"{block}.{name}": keep for block, layers in masks.items() for name, keep in layers.items()
+        }
         write_tensors(path / "masks" / "masks.safetensors", tensors)
     if plan.config["export"]["model"] and not (path / "model").is_dir():
         partial = path / ".model.part"

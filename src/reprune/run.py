@@ -32,7 +32,9 @@ def main() -> None:
         if not any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
             check_all(arguments)
         else:
-            compose_run([argument for argument in arguments if "=" in argument and not argument.startswith("-")])
+            compose_run(
+                [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+            )
     except ConfigError as error:
         print(f"\n{error}\n", file=sys.stderr)
         raise SystemExit(2) from None

@@ -21,7 +21,17 @@ from reprune.errors import RunError
 from reprune.files import read_json, sha256_of_json, write_json, write_text
 from reprune.model.device import DevicePlan
 
-PACKAGES = ("reprune", "torch", "transformers", "hydra-core", "omegaconf", "wandb", "datasets", "pandas", "numpy")
+PACKAGES = (
+    "reprune",
+    "torch",
+    "transformers",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+    "datasets",
+    "pandas",
+    "numpy",
+)
 HASH_LENGTH = 12
 
 
@@ -85,7 +95,13 @@ class RunFolder:
 
     def mark(self, state: str, **facts: Any) -> None:
         """Write how the run is doing."""
-        facts = {"state": state, "pid": os.getpid(), "host": socket.gethostname(), "unix_time_s": time.time(), **facts}
+        facts = {
+            "state": state,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "unix_time_s": time.time(),
+            **facts,
+        }
         write_json(self.path / "status.json", facts)
 
     def _status_file(self) -> dict[str, Any]:
@@ -123,12 +139,18 @@ class RunFolder:
 
     def write_blocks(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """blocks.jsonl, a row a frozen block."""
-        write_text(self.path / "blocks.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        write_text(
+            self.path / "blocks.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        )
 
     def blocks(self) -> list[dict[str, Any]]:
         """The rows of blocks.jsonl."""
         path = self.path / "blocks.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        return (
+            [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            if path.is_file()
+            else []
+        )
 
 
 def environment_of(plan: DevicePlan) -> dict[str, Any]:

@@ -64,9 +64,13 @@ def file_corpus(path: str, key: str, text_field: str = "text") -> Corpus:
             key, "no such text", value=path, accepted=accepted, hint=did_you_mean(path, BUILTIN_FILES)
         )
     if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.is_file() and file.suffix in {".txt", ".md", ".utf8"})
+        files = sorted(
+            file for file in place.rglob("*") if file.is_file() and file.suffix in {".txt", ".md", ".utf8"}
+        )
         if not files:
-            raise ConfigError(key, "this folder has no text files", value=path, accepted="*.txt, *.md, *.utf8")
+            raise ConfigError(
+                key, "this folder has no text files", value=path, accepted="*.txt, *.md, *.utf8"
+            )
         raws = [file.read_bytes() for file in files]
         documents = [_decode(raw, file, key) for raw, file in zip(raws, files, strict=True)]
         content = b"\0".join(raws)
@@ -103,7 +107,9 @@ def _jsonl(text: str, path: Path, key: str, field: str) -> list[str]:
             raise ConfigError(key, f"line {number} is not JSON: {error.msg}", value=path) from error
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             there = list(row) if isinstance(row, dict) else type(row).__name__
-            raise ConfigError(key, f"line {number} has no text in the field '{field}'", value=path, accepted=there)
+            raise ConfigError(
+                key, f"line {number} has no text in the field '{field}'", value=path, accepted=there
+            )
         documents.append(row[field])
     return documents
 

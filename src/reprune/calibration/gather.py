@@ -38,8 +38,19 @@ class Request:
     def identity(self) -> dict[str, Any]:
         """What makes the windows these windows, but for model and seed."""
         source = self.source
-        sizes = {"num_sequences": source.num_sequences, "length": source.length, "bos": source.bos, "cut": source.cut}
-        return {"name": self.name, "use": self.use, "part": source.split or self.role, **sizes, **source.identity()}
+        sizes = {
+            "num_sequences": source.num_sequences,
+            "length": source.length,
+            "bos": source.bos,
+            "cut": source.cut,
+        }
+        return {
+            "name": self.name,
+            "use": self.use,
+            "part": source.split or self.role,
+            **sizes,
+            **source.identity(),
+        }
 
 
 def requests_of(
@@ -47,13 +58,19 @@ def requests_of(
 ) -> list[Request]:
     """Every set of a run, `same` and mixtures resolved. ConfigError where a source cannot serve its role."""
     if isinstance(mask_data, Same):
-        raise ConfigError("calibration", "'same' stands for the mask data and cannot be it", accepted="another option")
+        raise ConfigError(
+            "calibration", "'same' stands for the mask data and cannot be it", accepted="another option"
+        )
     own = _parts(mask_data)
-    found = [Request(name or source.name, "mask", source, _key("calibration", name)) for name, source in own.items()]
+    found = [
+        Request(name or source.name, "mask", source, _key("calibration", name))
+        for name, source in own.items()
+    ]
     key = "reconstruction_data"
     data = _resolved(reconstruction_data, mask_data)
     found += [
-        Request(name or source.name, "reconstruction", source, _key(key, name)) for name, source in _parts(data).items()
+        Request(name or source.name, "reconstruction", source, _key(key, name))
+        for name, source in _parts(data).items()
     ]
     for use, group in (("validation", validation), ("probes", probes)):
         for name, option in group.items():

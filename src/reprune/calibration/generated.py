@@ -112,7 +112,10 @@ class Generated(TextSource):
                 ids = torch.cat([ids, following[None]])
             if tokenizer.eos_token_id in ids[len(head) :]:
                 continue
-            if self.language is None or detected_language(tokenizer.decode(ids[len(head) :])) == self.language:
+            if (
+                self.language is None
+                or detected_language(tokenizer.decode(ids[len(head) :])) == self.language
+            ):
                 return ids
         raise RunError(
             f"{MAX_PREFIX_TRIES} prefixes in a row were not '{self.language}' or ended at once; "
@@ -131,7 +134,10 @@ class Generated(TextSource):
         for _ in range(self.max_new_tokens):
             output = model.model(input_ids=step.to(plan.device), past_key_values=cache, use_cache=True)
             odds = torch.softmax(output.logits[:, -1].float().cpu() / self.temperature, dim=-1)
-            drawn = [int(torch.multinomial(row, 1, generator=stream)) for row, stream in zip(odds, streams, strict=True)]
+            drawn = [
+                int(torch.multinomial(row, 1, generator=stream))
+                for row, stream in zip(odds, streams, strict=True)
+            ]
             for place, token in enumerate(drawn):
                 going[place] = going[place] and token != tokenizer.eos_token_id
                 if going[place]:

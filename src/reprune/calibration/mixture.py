@@ -42,7 +42,10 @@ class Mixture:
             require_nonnegative(**{f"weights.{name}": weight for name, weight in self.weights.items()})
             if set(self.weights) != set(self.parts) or sum(self.weights.values()) <= 0:
                 raise ConfigError(
-                    "weights", "one weight for each part, not all zero", value=dict(self.weights), accepted=self.parts
+                    "weights",
+                    "one weight for each part, not all zero",
+                    value=dict(self.weights),
+                    accepted=self.parts,
                 )
 
     def resolve(self) -> dict[str, TextSource]:
@@ -66,4 +69,4 @@ class Mixture:
         short = self.num_sequences - sum(counts.values())
         for name in sorted(exact, key=lambda name: counts[name] - exact[name])[:short]:
             counts[name] += 1
-        return {name: count for name, count in counts.items()}
+        return dict(counts)

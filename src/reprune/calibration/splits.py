@@ -98,7 +98,9 @@ def _held_out_runs(family: tuple[Corpus, ...], tokens: _Tokens) -> np.ndarray[An
 def _common_runs(tokens: _Tokens, key: str) -> np.ndarray[Any, np.dtype[np.uint64]]:
     size = run_length(tokens.tokenizer)
     corpora = [builtin_corpus(name, key) for name in BUILTIN_FILES]
-    _, common = rare_and_common([runs_of(tokens.ids(text), size) for corpus in corpora for text in corpus.documents])
+    _, common = rare_and_common(
+        [runs_of(tokens.ids(text), size) for corpus in corpora for text in corpus.documents]
+    )
     return common
 
 

@@ -53,7 +53,9 @@ class Tokens(TextSource):
         ids: torch.Tensor = found
         if ids.dtype != torch.int64 or ids.dim() != 2 or 0 in ids.shape:
             shape = f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
-            raise ConfigError(f"{key}.tensor", "wrong shape or type", value=shape, accepted="int64 [sequences, length]")
+            raise ConfigError(
+                f"{key}.tensor", "wrong shape or type", value=shape, accepted="int64 [sequences, length]"
+            )
         count, length = self.num_sequences or ids.shape[0], self.length or ids.shape[1]
         if count > ids.shape[0] or length > ids.shape[1]:
             raise ConfigError(
@@ -74,6 +76,9 @@ class Tokens(TextSource):
         if bool(outside.any()):
             value = int(ids[outside][0])
             raise ConfigError(
-                f"{context.key}.path", "token ids outside the vocabulary", value=value, accepted=f"0 … {size - 1}"
+                f"{context.key}.path",
+                "token ids outside the vocabulary",
+                value=value,
+                accepted=f"0 … {size - 1}",
             )
         return [Document.of_tokens(row) for row in ids]

@@ -40,7 +40,14 @@ def resolve_bos(bos: Bos | None, tokenizer: Any, key: str) -> Bos:
 
 
 def cut_windows(
-    source: TextSource, *, role: Role, tokenizer: Any, model: LoadedModel | None, seed: int, key: str, name: str = ""
+    source: TextSource,
+    *,
+    role: Role,
+    tokenizer: Any,
+    model: LoadedModel | None,
+    seed: int,
+    key: str,
+    name: str = "",
 ) -> TextSet:
     """`num_sequences` windows of `length` tokens from a source, the same for the same seed whatever ran before.
 
@@ -68,7 +75,9 @@ def cut_windows(
     chooser = generator(seed, *stream_name, "windows")
     content = length - 1 if bos == "each_window" and not _ready(source) else length
     if content < 1:
-        raise ConfigError(f"{key}.length", "leaves no room for a token beside BOS", value=length, accepted="2 or more")
+        raise ConfigError(
+            f"{key}.length", "leaves no room for a token beside BOS", value=length, accepted="2 or more"
+        )
     tokenised = ((document.id, _ids(document, tokenizer, bos)) for document in documents)
     if source.cut == "pack":
         made: Iterator[Window] = _pack(tokenised, content, tokenizer.eos_token_id, key)
@@ -101,7 +110,9 @@ def _ids(document: Document, tokenizer: Any, bos: Bos) -> Tensor:
     return torch.tensor(encoded, dtype=torch.long)
 
 
-def _crop_all(documents: list[tuple[str, Tensor]], content: int, chooser: torch.Generator) -> Iterator[Window]:
+def _crop_all(
+    documents: list[tuple[str, Tensor]], content: int, chooser: torch.Generator
+) -> Iterator[Window]:
     """One window of every document long enough, in random order; then a second of those longer, and so on."""
     plans = []
     for place in torch.randperm(len(documents), generator=chooser).tolist():
@@ -134,10 +145,14 @@ def _crop_stream(
         yield Window(ids[start : start + content], (name,))
 
 
-def _pack(documents: Iterable[tuple[str, Tensor]], content: int, end: int | None, key: str) -> Iterator[Window]:
+def _pack(
+    documents: Iterable[tuple[str, Tensor]], content: int, end: int | None, key: str
+) -> Iterator[Window]:
     """Documents one after the other, an end-of-text token behind each, cut every `content` tokens."""
     if end is None:
-        raise ConfigError(f"{key}.cut", "packing needs an end-of-text token, and the tokenizer has none", value="pack")
+        raise ConfigError(
+            f"{key}.cut", "packing needs an end-of-text token, and the tokenizer has none", value="pack"
+        )
     held: list[tuple[str, Tensor]] = []
     count = 0
     for name, ids in documents:
@@ -152,7 +167,13 @@ def _pack(documents: Iterable[tuple[str, Tensor]], content: int, end: int | None
 
 
 def _too_short(
-    source: TextSource, found: int, wanted: int | None, content: int, tokenizer: Any, context: TextContext, key: str
+    source: TextSource,
+    found: int,
+    wanted: int | None,
+    content: int,
+    tokenizer: Any,
+    context: TextContext,
+    key: str,
 ) -> ConfigError:
     lengths = [len(_ids(document, tokenizer, "as_tokenised")) for document in source.documents(context)]
     return ConfigError(

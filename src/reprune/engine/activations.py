@@ -71,7 +71,9 @@ class Stores:
         try:
             return Activations(shape, self.dtype, file)
         except RuntimeError as error:
-            raise RunError(f"activations cannot be stored in {self.folder}: {error}; free disk space") from error
+            raise RunError(
+                f"activations cannot be stored in {self.folder}: {error}; free disk space"
+            ) from error
 
 
 def compare(dense: Activations, pruned: Activations) -> dict[str, float]:

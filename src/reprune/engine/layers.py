@@ -36,11 +36,16 @@ def collect(
     if not plan.pruner.needs.any:
         return {}
     model = chains.model
-    with model.plan.holding(model.blocks[block]), collecting(model.linears[block], plan.pruner.needs.gram) as found:
+    with (
+        model.plan.holding(model.blocks[block]),
+        collecting(model.linears[block], plan.pruner.needs.gram) as found,
+    ):
         chains.observe(block, inputs, texts)
     missed = [name for name in model.linears[block] if name not in found]
     if missed:
-        raise RunError(f"block {block}, layer {missed[0]}: it was not called in the forward pass, so it has no statistics")
+        raise RunError(
+            f"block {block}, layer {missed[0]}: it was not called in the forward pass, so it has no statistics"
+        )
     return found
 
 

@@ -54,7 +54,10 @@ class RunState:
         if len(frozen):
             name = f"frozen_{windows:04d}.safetensors"
             write_tensors(self.folder / name, _tensors(blocks, frozen, masks), written)
-        kept = {"windows": str(windows), "pending": json.dumps({str(block): pending[block] for block in still_open})}
+        kept = {
+            "windows": str(windows),
+            "pending": json.dumps({str(block): pending[block] for block in still_open}),
+        }
         write_tensors(self.folder / OPEN, _tensors(blocks, still_open, masks), kept)
 
     def windows_done(self) -> int:
@@ -77,7 +80,9 @@ class RunState:
         return progress
 
 
-def _tensors(blocks: nn.ModuleList, which: range, masks: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _tensors(
+    blocks: nn.ModuleList, which: range, masks: Mapping[int, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
     tensors = {}
     for block in which:
         for name, tensor in blocks[block].state_dict().items():

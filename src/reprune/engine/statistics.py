@@ -68,7 +68,7 @@ class InputStatistics:
             raise RunError(f"{place}: the calibration activations are not finite; try dtype=float32")
         diagonal[self.dead] = 1
         mean = diagonal.mean()
-        notes = []
+        notes: list[str] = []
         tried = damp
         while True:
             damped = hessian.clone()
@@ -95,7 +95,8 @@ def collecting(linears: Mapping[str, LinearView], with_gram: bool) -> Iterator[d
     """
     collector = _Collector(with_gram)
     handles = [
-        view.module.register_forward_pre_hook(collector.hook(name), with_kwargs=True) for name, view in linears.items()
+        view.module.register_forward_pre_hook(collector.hook(name), with_kwargs=True)
+        for name, view in linears.items()
     ]
     try:
         yield collector.found

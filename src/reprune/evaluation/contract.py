@@ -22,6 +22,8 @@ class Evaluator(Protocol):
         """What changes its numbers, texts by content."""
         ...
 
-    def evaluate(self, model: LoadedModel, texts: dict[str, TextSet], on_progress: OnProgress) -> dict[str, float]:
+    def evaluate(
+        self, model: LoadedModel, texts: dict[str, TextSet], on_progress: OnProgress
+    ) -> dict[str, float]:
         """Flat metrics of a model, names like 'perplexity/web'."""
         ...

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from reprune.calibration.corpus import corpus_at
 from reprune.calibration.source import Bos, Document, TextSet
@@ -18,6 +19,7 @@ from reprune.evaluation.contract import OnProgress
 from reprune.model.loading import LoadedModel
 
 LOGITS_A_PASS = 2**26
+MAX_MEAN_LOSS = 700
 
 
 @dataclass(kw_only=True)
@@ -37,7 +39,9 @@ class Perplexity:
     def __post_init__(self) -> None:
         require_positive(length=self.length, num_windows=self.num_windows)
         if self.length < 3:
-            raise ConfigError("length", "too short to predict anything", value=self.length, accepted="3 or more")
+            raise ConfigError(
+                "length", "too short to predict anything", value=self.length, accepted="3 or more"
+            )
         if not self.texts:
             raise ConfigError("texts", "no text is named", hint="+evaluation.perplexity.texts.NAME=FILE")
 
@@ -54,7 +58,9 @@ class Perplexity:
         else:
             documents = [Document.of_text(text) for text in corpus.documents]
         joined = "\n\n".join(document.text or "" for document in documents)
-        ids = torch.tensor(tokenizer(joined, add_special_tokens=bos == "as_tokenised")["input_ids"], dtype=torch.long)
+        ids = torch.tensor(
+            tokenizer(joined, add_special_tokens=bos == "as_tokenised")["input_ids"], dtype=torch.long
+        )
         content = self.length - 1 if bos == "each_window" else self.length
         there = len(ids) // content
         count = there if self.num_windows is None else self.num_windows
@@ -63,7 +69,9 @@ class Perplexity:
                 place_key,
                 f"{max(1, count)} windows of {content} tokens are asked for, this text has {there}",
                 value=f"{place}: {len(documents)} documents, {len(ids):,} tokens",
-                hint=f"set {key}.num_windows to at most {there}, or null for all" if there else f"lower {key}.length",
+                hint=f"set {key}.num_windows to at most {there}, or null for all"
+                if there
+                else f"lower {key}.length",
             )
         rows = ids[: count * content].reshape(count, content)
         if bos == "each_window":
@@ -77,26 +85,35 @@ class Perplexity:
         return {"evaluator": "perplexity", "texts": {name: text.key for name, text in texts.items()}}
 
     @torch.no_grad()
-    def evaluate(self, model: LoadedModel, texts: dict[str, TextSet], on_progress: OnProgress) -> dict[str, float]:
+    def evaluate(
+        self, model: LoadedModel, texts: dict[str, TextSet], on_progress: OnProgress
+    ) -> dict[str, float]:
         """See Evaluator; RunError when the model's likelihoods are not finite."""
         total = sum(len(text.tokens_NT) for text in texts.values())
         done = 0
         metrics = {}
         with model.plan.holding(model.model):
             for name, text in texts.items():
-                summed, count = 0.0, 0
+                count, length = text.tokens_NT.shape
                 vocabulary = model.model.get_output_embeddings().weight.shape[0]
-                size = max(1, LOGITS_A_PASS // (vocabulary * text.tokens_NT.shape[1]))
-                for batch in text.tokens_NT.split(min(size, model.plan.sequences_a_pass(text.tokens_NT.shape[1]))):
-                    logits = model.logits(batch)[:, :-1].float()
-                    targets = batch[:, 1:].to(logits.device)
-                    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-                    summed += float(losses.double().sum())
-                    count += targets.numel()
-                    done += len(batch)
+                size = max(
+                    1, min(LOGITS_A_PASS // (vocabulary * length), model.plan.sequences_a_pass(length))
+                )
+                summed = 0.0
+                for start in range(0, count, size):
+                    summed += _sum_of_losses(model, text.tokens_NT[start : start + size])
+                    done += len(text.tokens_NT[start : start + size])
                     on_progress(done, total)
-                mean = summed / count
-                if not math.isfinite(mean) or mean > 700:
+                mean = summed / (count * (length - 1))
+                if not math.isfinite(mean) or mean > MAX_MEAN_LOSS:
                     raise RunError(f"perplexity on '{name}' is not finite: the model's mean loss is {mean}")
                 metrics[f"perplexity/{name}"] = math.exp(mean)
         return metrics
+
+
+def _sum_of_losses(model: LoadedModel, tokens_BT: Tensor) -> float:
+    """Negative log-likelihoods of every token but the first of each window, summed, in nats."""
+    logits = model.logits(tokens_BT)[:, :-1].float()
+    targets = tokens_BT[:, 1:].to(logits.device)
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return float(losses.double().sum())

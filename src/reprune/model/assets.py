@@ -26,7 +26,12 @@ class Wheel:
     @property
     def key(self) -> dict[str, object]:
         """What identifies the unpacked folder."""
-        return {"package": self.package, "version": self.version, "sha256": self.sha256, "members": list(self.members)}
+        return {
+            "package": self.package,
+            "version": self.version,
+            "sha256": self.sha256,
+            "members": list(self.members),
+        }
 
     def cached(self) -> Path | None:
         """The unpacked folder if it is in the cache."""
@@ -75,7 +80,8 @@ TEXTS = Wheel(
     "0.3.2",
     "7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e",
     tuple(
-        f"exllamav2/conversion/standard_cal_data/{name}.utf8" for name in ("c4", "wiki", "technical", "code", "tiny")
+        f"exllamav2/conversion/standard_cal_data/{name}.utf8"
+        for name in ("c4", "wiki", "technical", "code", "tiny")
     ),
 )
 """C4, Wikipedia, technical prose, code and TinyStories: calibration text that ships in a wheel."""

@@ -21,7 +21,9 @@ def find_blocks(model: nn.Module, num_blocks: int, path: str | None) -> nn.Modul
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if path is not None:
         if path not in lists:
-            raise ConfigError("model.blocks_path", "no list of modules lies there", value=path, accepted=list(lists))
+            raise ConfigError(
+                "model.blocks_path", "no list of modules lies there", value=path, accepted=list(lists)
+            )
         return lists[path]
     fitting = [module for module in lists.values() if len(module) == num_blocks]
     if not fitting:

@@ -50,7 +50,9 @@ def weight_files(folder: Path, key: str, allow_bin: bool) -> WeightFiles:
     if not folder.is_dir():
         raise ConfigError(key, "no such folder", value=folder)
     if not (folder / "config.json").is_file():
-        raise ConfigError(key, "this folder has no config.json", value=folder, accepted="a saved transformers model")
+        raise ConfigError(
+            key, "this folder has no config.json", value=folder, accepted="a saved transformers model"
+        )
     safe = tuple(sorted(folder.glob("*.safetensors")))
     if safe:
         return WeightFiles(_complete(folder, safe, key), pickled=False)
@@ -74,7 +76,9 @@ def _complete(folder: Path, files: tuple[Path, ...], key: str) -> tuple[Path, ..
         named = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
         missing = sorted(path.name for path in named if not path.is_file())
         if missing:
-            raise ConfigError(key, f"weight files named in the index are missing: {', '.join(missing)}", value=folder)
+            raise ConfigError(
+                key, f"weight files named in the index are missing: {', '.join(missing)}", value=folder
+            )
         return tuple(sorted(named))
     return files
 

@@ -79,7 +79,9 @@ class DevicePlan:
         return int(torch.cuda.max_memory_allocated(self.device)) if self.kind == "cuda" else None
 
 
-def plan_device(device: str, dtype: str, checkpoint_dtype: torch.dtype | None, threads: int | None) -> DevicePlan:
+def plan_device(
+    device: str, dtype: str, checkpoint_dtype: torch.dtype | None, threads: int | None
+) -> DevicePlan:
     """Resolve `device=auto|cpu|cuda|cuda:N|mps` and `dtype=auto|float32|bfloat16|float16`.
 
     auto takes the first CUDA device, else the CPU; float32 on a CPU, the checkpoint's dtype elsewhere.
@@ -89,7 +91,11 @@ def plan_device(device: str, dtype: str, checkpoint_dtype: torch.dtype | None, t
     chosen = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(
-            "dtype", "unknown dtype", value=dtype, accepted=["auto", *DTYPES], hint=did_you_mean(dtype, DTYPES)
+            "dtype",
+            "unknown dtype",
+            value=dtype,
+            accepted=["auto", *DTYPES],
+            hint=did_you_mean(dtype, DTYPES),
         )
     if dtype != "auto":
         resolved = DTYPES[dtype]
@@ -107,7 +113,11 @@ def plan_device(device: str, dtype: str, checkpoint_dtype: torch.dtype | None, t
 
 def _device(device: str) -> torch.device:
     there = ["cpu"]
-    there += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    there += (
+        ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        if torch.cuda.is_available()
+        else []
+    )
     there += ["mps"] if torch.backends.mps.is_available() else []
     if device == "auto":
         return torch.device("cuda:0" if "cuda" in there else "cpu")

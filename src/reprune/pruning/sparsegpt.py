@@ -38,7 +38,9 @@ class SparseGPT:
         group = pattern.columns
         if group is not None and self.block_size % group:
             raise ConfigError(
-                "pruner.block_size", f"must be a multiple of the pattern's group of {group}", value=self.block_size
+                "pruner.block_size",
+                f"must be a multiple of the pattern's group of {group}",
+                value=self.block_size,
             )
         factor, notes = layer.inputs.inverse_factor(self.damp, f"block {layer.block}, layer {layer.name}")
         weight_T = layer.weight.float().T.contiguous()
@@ -78,7 +80,9 @@ def _sweep(weight_T: Tensor, keep_T: Tensor, factor: Tensor, pattern: Pattern, s
             torch.div(weights, diagonal[column], out=errors_T[column]).masked_fill_(keep_T[column], 0)
             weights.mul_(keep_T[column])
             if column + 1 < last:
-                weight_T[column + 1 : last].addr_(factor[column, column + 1 : last], errors_T[column], alpha=-1)
+                weight_T[column + 1 : last].addr_(
+                    factor[column, column + 1 : last], errors_T[column], alpha=-1
+                )
         if last < len(weight_T):
             weight_T[last:] -= factor[first:last, last:].T @ errors_T[first:last]
     return errors_T

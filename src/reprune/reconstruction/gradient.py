@@ -99,7 +99,9 @@ def _train(
             if parameter is not None:
                 held.append((parameter, keep.to(parameter.device)))
     if not chosen:
-        raise RunError(f"blocks {_named(blocks)}: no parameter is trainable with trainable={technique.trainable}")
+        raise RunError(
+            f"blocks {_named(blocks)}: no parameter is trainable with trainable={technique.trainable}"
+        )
     for parameter in chosen:
         parameter.requires_grad_(True)
     optimiser = _optimiser(chosen, technique)
@@ -119,16 +121,17 @@ def _train(
                 hidden = call.in_float32().run(model.blocks[block], hidden)
             loss = loss_of(hidden, target)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            for parameter, keep in held:
-                if parameter.grad is not None:
-                    parameter.grad *= keep
+            torch.autograd.backward(loss)
             if technique.clip_norm is not None:
+                # Only the norm mixes weights, so only here do the gradients of masked weights have to go.
+                for parameter, keep in held:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(keep)
                 nn.utils.clip_grad_norm_(chosen, technique.clip_norm)
             optimiser.step()
             with torch.no_grad():
                 for parameter, keep in held:
-                    parameter *= keep
+                    parameter.mul_(keep)
             scheduler.step()
             sum_of_losses += loss.detach() * len(samples)
             on_step()

@@ -52,7 +52,9 @@ class Technique:
         require_nonnegative(epochs=self.epochs, weight_decay=self.weight_decay)
         if self.stride > self.window:
             raise ConfigError(
-                "stride", f"larger than the window of {self.window}: blocks would be left out", value=self.stride
+                "stride",
+                f"larger than the window of {self.window}: blocks would be left out",
+                value=self.stride,
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError("betas", "two numbers in [0, 1) are needed", value=list(self.betas))

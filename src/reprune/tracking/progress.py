@@ -9,7 +9,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from reprune.engine.windows import BlockWindow
 
@@ -22,7 +29,9 @@ def configure_logging() -> None:
     if LOG.handlers:
         return
     if CONSOLE.is_terminal:
-        handler: logging.Handler = RichHandler(console=CONSOLE, show_level=False, show_path=False, markup=False)
+        handler: logging.Handler = RichHandler(
+            console=CONSOLE, show_level=False, show_path=False, markup=False
+        )
     else:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
@@ -72,7 +81,9 @@ class ProgressView:
         if steps and self._steps is None:
             self._steps = self.bars.add_task("steps", total=steps)
         if steps:
-            self.bars.reset(self._steps, description=f"blocks {window.first}-{window.stop - 1} steps", total=steps)
+            self.bars.reset(
+                self._steps, description=f"blocks {window.first}-{window.stop - 1} steps", total=steps
+            )
 
     def step(self) -> None:
         """See engine.loop.Listener."""

@@ -46,7 +46,7 @@ class WandbTracking:
     def _open(self, info: RunInfo) -> Any:
         import wandb
 
-        def init(mode: str) -> Any:
+        def init(mode: Literal["online", "offline"]) -> Any:
             return wandb.init(
                 project=self.project,
                 entity=self.entity,

@@ -1,0 +1,89 @@
+"""The table of arms: reconstruction error against what the model can still do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+from rich.table import Table
+
+HELD_OUT = "probe"
+
+
+def arm_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row a finished run: errors of the last block by text, the same relative, perplexities, seconds, memory.
+
+    Column names are 'measure|text'. A text that one run trains on and another only measures is one column.
+    """
+    finished = frame[frame["state"] == "finished"]
+    rows = []
+    for _, run in finished.iterrows():
+        row: dict[str, object] = {"arm": run.get("choice/arm") or run.get("choice/reconstruction")}
+        for family, measure in (("reconstruction", "error"), ("reconstruction_relative", "relative")):
+            for role in ("calibration", HELD_OUT, "validation"):
+                for column in _texts(finished.columns, f"{family}/{role}/", "/last"):
+                    value = run[f"{family}/{role}/{column}/last"]
+                    if pd.notna(value):
+                        row[f"{measure}|{column}"] = value
+        for name in _texts(finished.columns, "eval/pruned/perplexity/", ""):
+            row[f"perplexity|{name}"] = run[f"eval/pruned/perplexity/{name}"]
+        row["|minutes"] = run["seconds"] / 60
+        row["|GiB"] = run["peak_memory_bytes"] / 2**30
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    if len(table):
+        table = pd.concat([_dense_row(finished), table], ignore_index=True)
+        order = [
+            column
+            for kind in ("arm", "error", "relative", "perplexity", "")
+            for column in table
+            if _kind(str(column)) == kind
+        ]
+        table = table[order]
+    return table
+
+
+def _kind(column: str) -> str:
+    return column.split("|")[0] if "|" in column else column
+
+
+def _texts(columns: Iterable[str], prefix: str, suffix: str) -> list[str]:
+    return [
+        column[len(prefix) : len(column) - len(suffix)]
+        for column in columns
+        if column.startswith(prefix) and column.endswith(suffix)
+    ]
+
+
+def _dense_row(finished: pd.DataFrame) -> pd.DataFrame:
+    row: dict[str, object] = {"arm": "dense"}
+    for name in _texts(finished.columns, "eval/dense/perplexity/", ""):
+        row[f"perplexity|{name}"] = finished[f"eval/dense/perplexity/{name}"].dropna().mean()
+    return pd.DataFrame([row])
+
+
+def rich_table(table: pd.DataFrame, title: str) -> Table:
+    """The arm table for a terminal: two header lines, numbers aligned, '–' for what is missing."""
+    shown = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, padding=(0, 1))
+    previous = None
+    for column in table.columns:
+        kind, _, name = column.partition("|")
+        head = f"{kind if kind != previous else ''}\n{name}" if "|" in column else f"\n{column}"
+        shown.add_column(head, justify="left" if column == "arm" else "right", no_wrap=True)
+        previous = kind
+    for _, row in table.iterrows():
+        shown.add_row(*[_cell(column, row[column]) for column in table.columns])
+    return shown
+
+
+def _cell(column: str, value: object) -> str:
+    if isinstance(value, str):
+        return value
+    number = float(value)  # type: ignore[arg-type]
+    if pd.isna(number):
+        return "–"
+    if column.startswith("relative"):
+        return f"{number:.3f}"
+    if column.startswith("|"):
+        return f"{number:.1f}"
+    return f"{number:.1f}" if number >= 10 else f"{number:.3g}"
