@@ -33,7 +33,7 @@ from reprune.pruning.contract import Pruner
 from reprune.reconstruction.gradient import check_lengths
 from reprune.reconstruction.technique import Technique
 from reprune.run_folder import RunFolder, config_hash
-from reprune.sparsity.patterns import Pattern
+from reprune.sparsity.patterns import Pattern, Unstructured
 from reprune.tracking.contract import Tracking
 
 
@@ -126,7 +126,7 @@ def check(composed: Composed) -> RunPlan:
     probes = _built(config, "probes", where)
     evaluators = _built(config, "evaluation", where)
     if not pruner.needs.prunes:
-        config["sparsity"] = 0.0 if config["sparsity"] is None else config["sparsity"]
+        config["sparsity"] = 0.0 if config["sparsity"] is None else Unstructured().resolve(config["sparsity"])
     sparsity = pattern.resolve(config["sparsity"]) if pruner.needs.prunes else 0.0
     require_nonnegative(
         seed=config["seed"], seed_data=config["seed_data"], seed_training=config["seed_training"]

@@ -45,7 +45,9 @@ def options(group: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for base in (config_root() / "conf" / group, config_root() / group):
         for path in sorted(base.rglob("*.yaml")) if base.is_dir() else []:
-            found[str(path.relative_to(base).with_suffix(""))] = _first_comment(path)
+            # sweeps/wandb holds W&B's own files, which are no options of ours.
+            if path.parent.name != "wandb":
+                found[str(path.relative_to(base).with_suffix(""))] = _first_comment(path)
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from reprune.calibration.roles import Texts
 from reprune.check import RunPlan
@@ -23,7 +24,7 @@ from reprune.files import read_json, write_json, write_tensors
 from reprune.model.loading import LoadedModel, load_model
 from reprune.records import block_metrics, measured_sparsity, reconstruction_metrics
 from reprune.resources import StageMeter
-from reprune.run_folder import environment_of
+from reprune.run_folder import RunFolder, environment_of
 from reprune.tracking.contract import RunInfo, Tracker
 from reprune.tracking.progress import ProgressView
 
@@ -42,20 +43,33 @@ def run(plan: RunPlan, after_commit: OnCommit = lambda windows: None) -> dict[st
             LOG.info("%s is finished: nothing to do", folder.path)
             result: dict[str, Any] = read_json(folder.path / "result.json")
             return result
-        facts = {"windows_done": RunState(folder.state).windows_done()}
-        folder.mark("running", **facts)
-        folder.write_setup(yaml.safe_dump(plan.config, sort_keys=False), environment_of(plan.device))
         try:
+            folder.mark(
+                "running", block=len(folder.blocks()), windows_done=RunState(folder.state).windows_done()
+            )
+            folder.write_setup(yaml.safe_dump(plan.config, sort_keys=False), environment_of(plan.device))
             return _run(plan, after_commit)
         except KeyboardInterrupt:
-            folder.mark("interrupted", block=len(folder.blocks()))
+            _mark_end(folder, "interrupted")
             raise
-        except (RunError, ConfigError, OSError, torch.OutOfMemoryError) as error:
-            folder.mark("failed", block=len(folder.blocks()), error=str(error))
-            raise _explained(error, plan) from error
+        except (RunError, ConfigError) as error:
+            _mark_end(folder, "failed", error=str(error))
+            raise
+        except (OSError, SafetensorError, torch.OutOfMemoryError) as error:
+            explained = _explained(error, plan)
+            _mark_end(folder, "failed", error=str(explained))
+            raise explained from error
         except Exception as error:
-            folder.mark("failed", block=len(folder.blocks()), error=f"{type(error).__name__}: {error}")
+            _mark_end(folder, "failed", error=f"{type(error).__name__}: {error}")
             raise
+
+
+def _mark_end(folder: RunFolder, state: str, **facts: Any) -> None:
+    """Write how a run ended; on a full disk what it failed of is told all the same, and the folder reads as killed."""
+    try:
+        folder.mark(state, block=len(folder.blocks()), **facts)
+    except OSError as error:
+        LOG.warning("%s cannot be marked as %s: %s", folder.path, state, error)
 
 
 def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
@@ -173,8 +187,11 @@ def _result(
     dense: Mapping[str, float],
     overlap: Mapping[str, float],
 ) -> dict[str, Any]:
-    pruned, failed = metrics_of(plan.folder.path)
+    pruned, failed = metrics_of(plan.folder.path, plan.suite)
     earlier = read_json(plan.folder.path / "result.json") if plan.folder.finished else {}
+    # Of an earlier result only the dense twins of what is still shown are kept.
+    twins = {name.replace("eval/pruned/", "eval/dense/", 1) for name in pruned}
+    before = {name: value for name, value in earlier.get("metrics", {}).items() if name in twins}
     result: dict[str, Any] = {
         "id": plan.folder.id,
         "status": "finished",
@@ -186,7 +203,7 @@ def _result(
         "seconds": {name: round(seconds, 3) for name, seconds in meter.seconds.items()},
         "peak_memory_bytes": meter.peak_bytes,
         "overlap": dict(overlap),
-        "metrics": {**earlier.get("metrics", {}), **dense, **pruned, **reconstruction_metrics(rows)},
+        "metrics": {**before, **dense, **pruned, **reconstruction_metrics(rows)},
     }
     if earlier:
         # The time and memory of a run are those of its pruning, not of an evaluation added later.
@@ -204,7 +221,7 @@ def _summary(result: Mapping[str, Any]) -> dict[str, Any]:
     return {**result["metrics"], "sparsity/total": result["sparsity"]["total"], **seconds, **memory}
 
 
-def _explained(error: Exception, plan: RunPlan) -> Exception:
+def _explained(error: Exception, plan: RunPlan) -> RunError:
     if isinstance(error, torch.OutOfMemoryError):
         place = f"block {len(plan.folder.blocks())}"
         return RunError(
@@ -212,5 +229,11 @@ def _explained(error: Exception, plan: RunPlan) -> Exception:
             f"(now {plan.technique.batch_size}) or calibration.length, or use dtype=bfloat16"
         )
     if isinstance(error, OSError):
-        return RunError(f"{error.strerror or error}: {error.filename or plan.folder.path}")
-    return error
+        return RunError(
+            f"{error.strerror or error}: {error.filename or plan.folder.path}; "
+            "the same command goes on from the last finished window"
+        )
+    # safetensors has its own exception for a disk that is full.
+    return RunError(
+        f"{plan.folder.path} cannot be written: {error}; free disk space and run the same command again"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,20 @@ class StageMeter:
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
         self.device_peak_bytes: dict[str, int] = {}
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """What has been measured so far, to be kept with a run that may be killed."""
+        seconds = {name: round(value, 3) for name, value in self.seconds.items()}
+        peaks: dict[str, float] = {**self.peak_bytes}
+        return {"seconds": seconds, "peak_bytes": peaks, "device_peak_bytes": {**self.device_peak_bytes}}
+
+    def go_on_from(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Add what an earlier attempt measured, as `state` gives it."""
+        for name, value in state["seconds"].items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+        for mine, theirs in ((self.peak_bytes, "peak_bytes"), (self.device_peak_bytes, "device_peak_bytes")):
+            for name, peak in state[theirs].items():
+                mine[name] = max(mine.get(name, 0), int(peak))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

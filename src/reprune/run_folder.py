@@ -83,7 +83,7 @@ class RunFolder:
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
-            holder = self._status_file()
+            holder = self.facts()
             raise RunError(
                 f"{self.path} is being written by process {holder.get('pid', '?')} on {holder.get('host', '?')}; "
                 "wait for it, or choose another output_dir"
@@ -104,7 +104,8 @@ class RunFolder:
         }
         write_json(self.path / "status.json", facts)
 
-    def _status_file(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
+        """What `mark` wrote last; empty for a run that was never begun."""
         path = self.path / "status.json"
         content: dict[str, Any] = read_json(path) if path.is_file() else {}
         return content
@@ -113,11 +114,12 @@ class RunFolder:
         """The run's state; a run that says 'running' while nobody holds its lock was killed."""
         if self.finished:
             return Status("finished", "finished")
-        facts = self._status_file()
+        facts = self.facts()
         if not facts:
             return Status("empty", "not begun")
         place = f" at block {facts['block']}" if "block" in facts else ""
-        if facts["state"] == "running":
+        if facts["state"] in {"running", "finished"}:
+            # 'finished' without a result: the process died between the two.
             held = self._is_held()
             return Status("running" if held else "killed", f"{'running' if held else 'killed'}{place}")
         reason = f": {facts['error']}" if "error" in facts else ""

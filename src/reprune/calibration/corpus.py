@@ -71,14 +71,12 @@ def file_corpus(path: str, key: str, text_field: str = "text") -> Corpus:
             raise ConfigError(
                 key, "this folder has no text files", value=path, accepted="*.txt, *.md, *.utf8"
             )
-        raws = [file.read_bytes() for file in files]
-        documents = [_decode(raw, file, key) for raw, file in zip(raws, files, strict=True)]
-        content = b"\0".join(raws)
+        documents = [_decode(file.read_bytes(), file, key) for file in files]
     else:
-        content = place.read_bytes()
-        text = _decode(content, place, key)
+        text = _decode(place.read_bytes(), place, key)
         documents = _jsonl(text, place, key, text_field) if place.suffix == ".jsonl" else sections(text)
-    corpus = _corpus(place.stem, documents, content, builtin=False)
+    # By what was read, not by the file: another field of a JSONL file is another text.
+    corpus = _corpus(place.stem, documents, "\0".join(documents).encode(), builtin=False)
     if not corpus.documents:
         raise ConfigError(key, "this text is empty", value=path)
     return corpus

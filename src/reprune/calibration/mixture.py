@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from reprune.calibration.same import Same
 from reprune.calibration.source import Bos, Part, TextSource
 from reprune.errors import ConfigError, require_nonnegative, require_positive
 
@@ -28,9 +29,13 @@ class Mixture:
         require_positive(num_sequences=self.num_sequences, length=self.length)
         if not self.parts:
             raise ConfigError("parts", "a mixture needs at least one part")
-        nested = [name for name, part in self.parts.items() if not isinstance(part, TextSource)]
+        nested = [
+            name
+            for name, part in self.parts.items()
+            if not isinstance(part, TextSource) or isinstance(part, Same)
+        ]
         if nested:
-            raise ConfigError(f"parts.{nested[0]}", "a mixture's part must be a single source")
+            raise ConfigError(f"parts.{nested[0]}", "a mixture's part must be a source of its own")
         if (self.weights is None) != (self.num_sequences is None):
             raise ConfigError(
                 "num_sequences",

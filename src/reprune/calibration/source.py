@@ -71,6 +71,8 @@ class TextSource:
 
     needs_model: ClassVar[bool] = False
     endless: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    """Whether its documents are windows already, to be taken as they are and in their order."""
 
     def __post_init__(self) -> None:
         require_positive(num_sequences=self.num_sequences, length=self.length)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,8 @@ class Tokens(TextSource):
     length: int | None = None
     path: str
     tensor: str = "input_ids"
+
+    exact: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

@@ -68,16 +68,24 @@ def cut_windows(
         key=key,
     )
     documents = source.documents(context)
+    description = {"name": source.name, "part": part, "cut": source.cut, "bos": bos, **source.identity()}
+    if source.exact:
+        exact = list(documents)
+        rows = torch.stack([_ids(document, tokenizer, bos) for document in exact])
+        ids = tuple(dict.fromkeys(document.id for document in exact))
+        return TextSet(name or source.name, role, rows, ids, description, bos)
     if length is None:
-        # Only `tokens` leaves the length open: its rows are windows already.
-        documents = list(documents)
-        length = len(_ids(documents[0], tokenizer, bos))
+        raise ConfigError(f"{key}.length", "has to be a number for this source", accepted="2 or more")
     chooser = generator(seed, *stream_name, "windows")
-    content = length - 1 if bos == "each_window" and not _ready(source) else length
+    content = length - 1 if bos == "each_window" else length
     if content < 1:
         raise ConfigError(
             f"{key}.length", "leaves no room for a token beside BOS", value=length, accepted="2 or more"
         )
+    if source.cut == "pack" and not source.endless:
+        # Documents come in the order of their hashes; the seed decides which are taken.
+        listed = list(documents)
+        documents = [listed[place] for place in torch.randperm(len(listed), generator=chooser).tolist()]
     tokenised = ((document.id, _ids(document, tokenizer, bos)) for document in documents)
     if source.cut == "pack":
         made: Iterator[Window] = _pack(tokenised, content, tokenizer.eos_token_id, key)
@@ -94,13 +102,7 @@ def cut_windows(
         head = torch.full((len(rows), 1), tokenizer.bos_token_id, dtype=torch.long)
         rows = torch.cat([head, rows], dim=1)
     ids = tuple(dict.fromkeys(document for window in windows for document in window.document_ids))
-    description = {"name": source.name, "part": part, "cut": source.cut, "bos": bos, **source.identity()}
     return TextSet(name or source.name, role, rows, ids, description, bos)
-
-
-def _ready(source: TextSource) -> bool:
-    """Whether the source yields token ids that are windows already, BOS included."""
-    return not source.endless and source.length is None
 
 
 def _ids(document: Document, tokenizer: Any, bos: Bos) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from reprune.engine.chains import Boundary, Chains, dense_copy
 from reprune.engine.layers import PruningPlan, collect, prune_block
 from reprune.engine.state import Progress, RunState
 from reprune.engine.windows import BlockWindow, windows_over
+from reprune.errors import RunError
 from reprune.model.loading import LoadedModel
 from reprune.reconstruction.gradient import Pairs, reconstruct
 from reprune.reconstruction.technique import Technique
@@ -85,6 +87,8 @@ class BlockLoop:
         restored = self.state.restore(self.model.blocks)
         progress.windows, progress.rows = restored.windows, restored.rows
         progress.pending, progress.masks = restored.pending, restored.masks
+        if done:
+            self.meter.go_on_from(restored.measured)
         for block in range(entered):
             with self.meter.stage("replay"):
                 current = dense_copy(self.model, block)
@@ -164,7 +168,8 @@ class BlockLoop:
         rows = []
         for block in range(window.first, window.frozen):
             with self.meter.stage("measuring"):
-                reusable = not self.technique.trains and block == window.stop - 1
+                # `untrained` lies behind the window's last block only if that block was new in it.
+                reusable = not self.technique.trains and window.new <= block == window.stop - 1
                 chains.pruned = untrained if reusable else chains.through(block, chains.pruned)
                 after = self._errors(chains, block, chains.pruned)
             self._dense_weights.pop(block, None)
@@ -178,7 +183,14 @@ class BlockLoop:
             done = window.index + 1
             frozen, still_open = range(window.first, window.frozen), range(window.frozen, window.stop)
             self.state.commit(
-                done, self.model.blocks, frozen, still_open, rows, progress.pending, progress.masks
+                done,
+                self.model.blocks,
+                frozen,
+                still_open,
+                rows,
+                progress.pending,
+                progress.masks,
+                self.meter.state(),
             )
         progress.windows = done
         progress.rows += rows
@@ -189,5 +201,11 @@ class BlockLoop:
         found: dict[str, dict[str, dict[str, float]]] = {}
         for text in self.texts.all:
             errors = compare(chains.dense[block + 1][text.key], pruned[text.key])
+            # The last step of a training is seen by no loss, and float16 may overflow without any training.
+            if not isfinite(errors["error"]):
+                raise RunError(
+                    f"block {block}: its output on the {text.role} text {text.name} is not finite; "
+                    "lower reconstruction.learning_rate or try dtype=float32"
+                )
             found.setdefault(text.role, {})[text.name] = errors
         return found

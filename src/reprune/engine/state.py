@@ -20,12 +20,16 @@ OPEN = "open.safetensors"
 
 @dataclass
 class Progress:
-    """Windows finished so far, rows of the frozen blocks, what is known of pruned but not yet frozen blocks, masks."""
+    """Windows finished so far, rows of the frozen blocks, what is known of pruned but not yet frozen blocks, masks.
+
+    `measured` is the seconds and memory that the finished windows took, as resources.StageMeter gives them.
+    """
 
     windows: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
     pending: dict[int, dict[str, Any]] = field(default_factory=dict)
     masks: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class RunState:
@@ -48,6 +52,7 @@ class RunState:
         rows: list[dict[str, Any]],
         pending: Mapping[int, dict[str, Any]],
         masks: Mapping[int, Mapping[str, Tensor]],
+        measured: Mapping[str, Mapping[str, float]],
     ) -> None:
         """Write the state after `windows` windows; `rows` are those of the blocks in `frozen`."""
         written = {"windows": str(windows), "rows": json.dumps(rows)}
@@ -57,6 +62,7 @@ class RunState:
         kept = {
             "windows": str(windows),
             "pending": json.dumps({str(block): pending[block] for block in still_open}),
+            "measured": json.dumps(measured),
         }
         write_tensors(self.folder / OPEN, _tensors(blocks, still_open, masks), kept)
 
@@ -75,7 +81,9 @@ class RunState:
             if path.is_file():
                 progress.rows += json.loads(_load(path, blocks, progress.masks)["rows"])
         if progress.windows:
-            pending = json.loads(_load(self.folder / OPEN, blocks, progress.masks)["pending"])
+            metadata = _load(self.folder / OPEN, blocks, progress.masks)
+            pending = json.loads(metadata["pending"])
+            progress.measured = json.loads(metadata["measured"])
             progress.pending = {int(block): row for block, row in pending.items()}
         return progress
 

@@ -111,7 +111,8 @@ class _Collector:
         self.found: dict[str, InputStatistics] = {}
         self.leaders: set[str] = set()
         # Held until the layer is met again, that is for the first pass, so that no address is used twice in it.
-        self.first_inputs: list[tuple[Tensor, str]] = []
+        # The version tells a tensor from the same one after it was changed in place.
+        self.first_inputs: list[tuple[Tensor, int, str]] = []
 
     def hook(self, name: str) -> Any:
         def observe(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -126,10 +127,11 @@ class _Collector:
         return observe
 
     def _meet(self, name: str, inputs: Tensor) -> None:
-        for seen, leader in self.first_inputs:
-            if seen.data_ptr() == inputs.data_ptr() and seen.shape == inputs.shape:
+        for seen, version, leader in self.first_inputs:
+            same_memory = seen.data_ptr() == inputs.data_ptr() and seen.shape == inputs.shape
+            if same_memory and version == inputs._version:
                 self.found[name] = self.found[leader]
                 return
-        self.first_inputs.append((inputs, name))
+        self.first_inputs.append((inputs, inputs._version, name))
         self.leaders.add(name)
         self.found[name] = InputStatistics()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,22 @@ def finished(folder: Path, entry: SuiteEntry) -> bool:
     return path.is_file() and read_json(path)["status"] == "finished"
 
 
-def metrics_of(folder: Path) -> tuple[dict[str, float], dict[str, str]]:
-    """All pruned metrics of a run under 'eval/pruned/…', and what failed by evaluator."""
+def metrics_of(folder: Path, suite: Sequence[SuiteEntry]) -> tuple[dict[str, float], dict[str, str]]:
+    """All pruned metrics of a run under 'eval/pruned/…', and what failed by evaluator.
+
+    Where an earlier evaluation has the same metric, that of `suite` counts; where that one failed, none does.
+    """
+    current = {evaluation_file(folder, entry): entry.name for entry in suite}
+    earlier = [path for path in sorted((folder / "evaluations").glob("*.json")) if path not in current]
     metrics: dict[str, float] = {}
     failed: dict[str, str] = {}
-    for path in sorted((folder / "evaluations").glob("*.json")):
+    broken = {
+        name for path, name in current.items() if path.is_file() and read_json(path)["status"] != "finished"
+    }
+    for path in [*earlier, *(path for path in current if path.is_file())]:
         content: Mapping[str, Any] = read_json(path)
+        if path in earlier and (content["status"] != "finished" or content["name"] in broken):
+            continue
         metrics |= {f"eval/pruned/{name}": value for name, value in content["metrics"].items()}
         if content["status"] != "finished":
             failed[content["name"]] = content["error"]

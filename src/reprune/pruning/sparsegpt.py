@@ -43,7 +43,8 @@ class SparseGPT:
                 value=self.block_size,
             )
         factor, notes = layer.inputs.inverse_factor(self.damp, f"block {layer.block}, layer {layer.name}")
-        weight_T = layer.weight.float().T.contiguous()
+        # A copy in any case: the transpose of a weight that is stored transposed is contiguous as it is.
+        weight_T = layer.weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         weight_T[layer.inputs.dead] = 0
         keep_T = torch.ones_like(weight_T, dtype=torch.bool)
         for start in range(0, len(weight_T), self.block_size):

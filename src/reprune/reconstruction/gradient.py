@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -64,86 +65,81 @@ def reconstruct(
     Trains in float32 whatever the model's dtype and rounds once at the end. Masked weights stay exactly zero.
     Raises RunError, naming the blocks, when the loss is not finite.
     """
+    from transformers import get_scheduler
+
+    with _in_float32(model, blocks):
+        chosen: list[nn.Parameter] = []
+        held: list[tuple[nn.Parameter, Tensor]] = []
+        for block in blocks:
+            linears = model.linears[block]
+            trained = TRAINABLE[technique.trainable](model.blocks[block], linears)
+            chosen += trained.values()
+            for name, keep in masks[block].items():
+                parameter = trained.get(linears[name].parameter)
+                if parameter is not None:
+                    held.append((parameter, keep.to(parameter.device)))
+        if not chosen:
+            raise RunError(
+                f"blocks {_named(blocks)}: no parameter is trainable with trainable={technique.trainable}"
+            )
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        optimiser = _optimiser(chosen, technique)
+        size = technique.batch_size
+        total = technique.epochs * -(-len(pairs) // size)
+        scheduler = get_scheduler(
+            technique.lr_schedule, optimiser, num_warmup_steps=0, num_training_steps=total
+        )
+        loss_of = LOSSES[technique.loss]
+        epochs = []
+        for epoch in range(technique.epochs):
+            order = torch.randperm(len(pairs), generator=generator).tolist()
+            sum_of_losses = torch.zeros((), device=model.plan.device)
+            for start in range(0, len(order), size):
+                samples = order[start : start + size]
+                hidden, target = pairs.batch(samples, model)
+                for block in blocks:
+                    call = model.call(block, len(samples), hidden.shape[1])
+                    hidden = call.in_float32().run(model.blocks[block], hidden)
+                loss = loss_of(hidden, target)
+                optimiser.zero_grad(set_to_none=True)
+                torch.autograd.backward(loss)
+                if technique.clip_norm is not None:
+                    # Only the norm mixes weights, so only here do the gradients of masked weights have to go.
+                    for parameter, keep in held:
+                        if parameter.grad is not None:
+                            parameter.grad.mul_(keep)
+                    nn.utils.clip_grad_norm_(chosen, technique.clip_norm)
+                optimiser.step()
+                with torch.no_grad():
+                    for parameter, keep in held:
+                        parameter.mul_(keep)
+                scheduler.step()
+                sum_of_losses += loss.detach() * len(samples)
+                on_step()
+            epochs.append(float(sum_of_losses) / len(pairs))
+            if not torch.isfinite(sum_of_losses):
+                raise RunError(
+                    f"blocks {_named(blocks)}: the reconstruction loss is not finite in epoch {epoch + 1}; "
+                    f"lower reconstruction.learning_rate (now {technique.learning_rate:g}) or set clip_norm"
+                )
+        return epochs
+
+
+@contextmanager
+def _in_float32(model: LoadedModel, blocks: range) -> Iterator[None]:
+    """Hold blocks on the device in float32; afterwards they are in the model's dtype and nothing is trainable."""
     modules = [model.blocks[block] for block in blocks]
     with model.plan.holding(*modules):
         for module in modules:
             module.float()
         try:
-            losses = _train(model, blocks, masks, pairs, technique, generator, on_step)
+            yield
         finally:
             for module in modules:
                 module.to(model.plan.dtype)
                 module.requires_grad_(False)
-    return losses
-
-
-def _train(
-    model: LoadedModel,
-    blocks: range,
-    masks: Mapping[int, Mapping[str, Tensor]],
-    pairs: Pairs,
-    technique: Technique,
-    generator: torch.Generator,
-    on_step: Callable[[], None],
-) -> list[float]:
-    from transformers import get_scheduler
-
-    chosen: list[nn.Parameter] = []
-    held: list[tuple[nn.Parameter, Tensor]] = []
-    for block in blocks:
-        linears = model.linears[block]
-        trained = TRAINABLE[technique.trainable](model.blocks[block], linears)
-        chosen += trained.values()
-        for name, keep in masks[block].items():
-            parameter = trained.get(linears[name].parameter)
-            if parameter is not None:
-                held.append((parameter, keep.to(parameter.device)))
-    if not chosen:
-        raise RunError(
-            f"blocks {_named(blocks)}: no parameter is trainable with trainable={technique.trainable}"
-        )
-    for parameter in chosen:
-        parameter.requires_grad_(True)
-    optimiser = _optimiser(chosen, technique)
-    size = technique.batch_size
-    total = technique.epochs * -(-len(pairs) // size)
-    scheduler = get_scheduler(technique.lr_schedule, optimiser, num_warmup_steps=0, num_training_steps=total)
-    loss_of = LOSSES[technique.loss]
-    epochs = []
-    for epoch in range(technique.epochs):
-        order = torch.randperm(len(pairs), generator=generator).tolist()
-        sum_of_losses = torch.zeros((), device=model.plan.device)
-        for start in range(0, len(order), size):
-            samples = order[start : start + size]
-            hidden, target = pairs.batch(samples, model)
-            for block in blocks:
-                call = model.call(block, len(samples), hidden.shape[1])
-                hidden = call.in_float32().run(model.blocks[block], hidden)
-            loss = loss_of(hidden, target)
-            optimiser.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            if technique.clip_norm is not None:
-                # Only the norm mixes weights, so only here do the gradients of masked weights have to go.
-                for parameter, keep in held:
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(keep)
-                nn.utils.clip_grad_norm_(chosen, technique.clip_norm)
-            optimiser.step()
-            with torch.no_grad():
-                for parameter, keep in held:
-                    parameter.mul_(keep)
-            scheduler.step()
-            sum_of_losses += loss.detach() * len(samples)
-            on_step()
-        epochs.append(float(sum_of_losses) / len(pairs))
-        if not torch.isfinite(sum_of_losses):
-            raise RunError(
-                f"blocks {_named(blocks)}: the reconstruction loss is not finite in epoch {epoch + 1}; "
-                f"lower reconstruction.learning_rate (now {technique.learning_rate:g}) or set clip_norm"
-            )
-    for parameter in chosen:
-        parameter.grad = None
-    return epochs
+                module.zero_grad(set_to_none=True)
 
 
 def _optimiser(parameters: list[nn.Parameter], technique: Technique) -> torch.optim.Optimizer:

@@ -25,7 +25,12 @@ def results(*places: Path | str) -> pd.DataFrame:
 
     Units are in the names; what a run does not have is missing, never zero.
     """
-    return pd.DataFrame([_row(folder) for folder in run_folders(*map(Path, places))])
+    frame = pd.DataFrame([_row(folder) for folder in run_folders(*map(Path, places))])
+    if "label" in frame:
+        # Several runs of one arm (seeds, other settings) are told apart by the beginning of their hash.
+        twice = frame["label"].duplicated(keep=False) & frame["label"].notna()
+        frame.loc[twice, "label"] += " " + frame.loc[twice, "config_hash"].str[:5]
+    return frame
 
 
 def _row(folder: RunFolder) -> dict[str, Any]:
@@ -34,6 +39,7 @@ def _row(folder: RunFolder) -> dict[str, Any]:
         return row
     result = read_json(folder.path / "result.json")
     choices = {group: option for group, option in result["choices"].items() if not group.startswith("hydra/")}
+    row["label"] = choices.get("arm") or choices.get("reconstruction")
     row |= {"experiment": result["experiment"], "config_hash": result["config_hash"]}
     row |= {f"choice/{group}": option or None for group, option in choices.items()}
     row |= result["metrics"]
@@ -44,22 +50,19 @@ def _row(folder: RunFolder) -> dict[str, Any]:
     return row
 
 
-def blocks(*places: Path | str) -> pd.DataFrame:
-    """A row a run, block, text and moment: id, arm, block, role, text, moment, error, relative."""
+def blocks(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row a block, text and moment of every finished run in `results`: label, block, role, text, error, relative."""
     rows = []
-    for folder in run_folders(*map(Path, places)):
-        if not folder.finished:
-            continue
-        name = label_of(read_json(folder.path / "result.json")["choices"])
-        for block in folder.blocks():
+    for _, run in frame[frame["state"] == "finished"].iterrows():
+        for block in RunFolder(Path(run["folder"])).blocks():
             for moment in ("before", "after"):
                 for role, texts in block[moment].items():
                     for text, errors in texts.items():
-                        place = {"id": folder.id, "arm": name, "block": block["block"], "moment": moment}
+                        place = {
+                            "id": run["id"],
+                            "label": run["label"],
+                            "block": block["block"],
+                            "moment": moment,
+                        }
                         rows.append({**place, "role": role, "text": text, **errors})
     return pd.DataFrame(rows)
-
-
-def label_of(choices: dict[str, str]) -> str:
-    """What a run is called in tables: its arm, else its reconstruction option."""
-    return choices.get("arm") or choices.get("reconstruction", "?")

@@ -22,11 +22,11 @@ def error_by_block(blocks: pd.DataFrame, path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(order), figsize=(3.1 * len(order) + 0.6, 3.6), sharey=True, squeeze=False, layout="constrained"
     )
-    arms = list(dict.fromkeys(after["arm"]))
+    arms = list(dict.fromkeys(after["label"]))
     colours = plt.get_cmap("viridis")([index / max(1, len(arms) - 1) * 0.9 for index in range(len(arms))])
     for axis, text in zip(axes[0], order, strict=True):
         for arm, colour in zip(arms, colours, strict=True):
-            line = after[(after["text"] == text) & (after["arm"] == arm)].sort_values("block")
+            line = after[(after["text"] == text) & (after["label"] == arm)].sort_values("block")
             if not len(line):
                 continue
             trained = (line["role"] == "calibration").all()

@@ -18,7 +18,7 @@ def arm_table(frame: pd.DataFrame) -> pd.DataFrame:
     finished = frame[frame["state"] == "finished"]
     rows = []
     for _, run in finished.iterrows():
-        row: dict[str, object] = {"arm": run.get("choice/arm") or run.get("choice/reconstruction")}
+        row: dict[str, object] = {"arm": run["label"]}
         for family, measure in (("reconstruction", "error"), ("reconstruction_relative", "relative")):
             for role in ("calibration", HELD_OUT, "validation"):
                 for column in _texts(finished.columns, f"{family}/{role}/", "/last"):
@@ -32,7 +32,7 @@ def arm_table(frame: pd.DataFrame) -> pd.DataFrame:
         rows.append(row)
     table = pd.DataFrame(rows)
     if len(table):
-        table = pd.concat([_dense_row(finished), table], ignore_index=True)
+        table = pd.concat([_dense_rows(finished), table], ignore_index=True)
         order = [
             column
             for kind in ("arm", "error", "relative", "perplexity", "")
@@ -55,11 +55,17 @@ def _texts(columns: Iterable[str], prefix: str, suffix: str) -> list[str]:
     ]
 
 
-def _dense_row(finished: pd.DataFrame) -> pd.DataFrame:
-    row: dict[str, object] = {"arm": "dense"}
-    for name in _texts(finished.columns, "eval/dense/perplexity/", ""):
-        row[f"perplexity|{name}"] = finished[f"eval/dense/perplexity/{name}"].dropna().mean()
-    return pd.DataFrame([row])
+def _dense_rows(finished: pd.DataFrame) -> pd.DataFrame:
+    """A row for the dense model, or one for each model where there are several."""
+    models = list(dict.fromkeys(finished["choice/model"]))
+    rows = []
+    for model in models:
+        runs = finished[finished["choice/model"] == model]
+        row: dict[str, object] = {"arm": "dense" if len(models) == 1 else f"dense {model}"}
+        for name in _texts(finished.columns, "eval/dense/perplexity/", ""):
+            row[f"perplexity|{name}"] = runs[f"eval/dense/perplexity/{name}"].dropna().mean()
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def rich_table(table: pd.DataFrame, title: str) -> Table:
