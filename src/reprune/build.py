@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from reprune.compose import files_with
 from reprune.errors import ConfigError, did_you_mean
 
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
@@ -34,7 +35,7 @@ def build(node: Any, key: str, where: Mapping[str, str] | None = None) -> Any:
         if name not in parameters:
             raise ConfigError(
                 f"{key}.{name}",
-                f"unknown key{source}",
+                f"unknown key{files_with(f'{key}.{name}') or source}",
                 value=given[name],
                 accepted=parameters,
                 hint=did_you_mean(str(name), parameters),

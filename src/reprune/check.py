@@ -125,9 +125,13 @@ def check(composed: Composed) -> RunPlan:
     validation = _built(config, "validation", where)
     probes = _built(config, "probes", where)
     evaluators = _built(config, "evaluation", where)
-    if not pruner.needs.prunes:
-        config["sparsity"] = 0.0 if config["sparsity"] is None else Unstructured().resolve(config["sparsity"])
-    sparsity = pattern.resolve(config["sparsity"]) if pruner.needs.prunes else 0.0
+    # A pruner that removes nothing fits every pattern, but not a sparsity that makes no sense.
+    asked = (
+        pattern.resolve(config["sparsity"])
+        if pruner.needs.prunes
+        else Unstructured().resolve(config["sparsity"])
+    )
+    sparsity = asked if pruner.needs.prunes else 0.0
     require_nonnegative(
         seed=config["seed"], seed_data=config["seed_data"], seed_training=config["seed_training"]
     )
@@ -137,6 +141,7 @@ def check(composed: Composed) -> RunPlan:
     shapes = _shapes(source)
     windows_over(shapes.num_blocks, technique.window, technique.stride)
     if pruner.needs.prunes:
+        pruner.check(pattern)
         for name, shape in shapes.linears.items():
             pattern.check_shape(name, shape)
     layer_sparsity = allocation.allocate(shapes.num_weights, schedule.steps(sparsity)[-1])

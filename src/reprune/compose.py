@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from reprune.errors import ConfigError, did_you_mean
-from reprune.schema import RunConfig, register
+from reprune.schema import ExportConfig, RunConfig, register
 
 ROOT_VARIABLE = "REPRUNE_CONFIG_ROOT"
 
@@ -69,11 +69,34 @@ def compose_run(overrides: Sequence[str]) -> Composed:
                 "mode": str(full.hydra.mode or ""),
                 "params": dict(full.hydra.sweeper.get("params") or {}),
             }
-            return Composed(plain(full), choices, tuple(overrides), hydra)
+            config = plain(full)
     except (HydraException, OmegaConfBaseException) as error:
         raise translate(error, overrides) from error
+    except ValueError as error:
+        raise _number_as_option(error, overrides) from error
     finally:
         GlobalHydra.instance().clear()
+    _check_keys(config, RunConfig, "", overrides)
+    _check_keys(config["export"], ExportConfig, "export.", overrides)
+    return Composed(config, choices, tuple(overrides), hydra)
+
+
+def _check_keys(node: Any, schema: type, prefix: str, overrides: Sequence[str]) -> None:
+    """The schema's own check again: `+key=` and `~key` get past it."""
+    accepted = [field.name for field in fields(schema)]
+    for key in node:
+        if key not in accepted:
+            name = f"{prefix}{key}"
+            raise ConfigError(
+                name,
+                f"unknown key{files_with(name)}",
+                value=_value_in(name, overrides),
+                accepted=accepted,
+                hint=did_you_mean(key, accepted),
+            )
+    for key in accepted:
+        if key not in node:
+            raise ConfigError(f"{prefix}{key}", "has to be there", hint=f"leave out ~{prefix}{key}")
 
 
 def plain(full: DictConfig) -> dict[str, Any]:
@@ -126,6 +149,10 @@ def translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
     while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
         causes.append(causes[-1].__cause__)
     text = "\n".join(str(cause) for cause in causes)
+    for cause in causes:
+        if isinstance(cause, OverrideParseException):
+            hint = "quote it for the shell, and what is special to Hydra once more: 'key=\"a=b\"'"
+            return ConfigError("", f"cannot be read: {cause.message}", value=cause.override, hint=hint)
     option = re.search(r"(?:Could not find|In '.*?': Could not find) '([^']+)'", text)
     if option:
         group, _, name = option[1].rpartition("/")
@@ -152,6 +179,18 @@ def translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
         (str(cause) for cause in reversed(causes) if str(cause)), type(error).__name__
     ).splitlines()[0]
     return ConfigError(name, problem.strip(), value=_value_in(name, overrides), accepted=_type_of(name))
+
+
+def _number_as_option(error: ValueError, overrides: Sequence[str]) -> ConfigError:
+    """Hydra refuses a number where an option's name belongs with a bare ValueError that does not say which."""
+    for item in overrides:
+        key, _, value = item.lstrip("+").partition("=")
+        options = _options(key.split("@")[0])
+        if options and value not in options:
+            return ConfigError(
+                key, "no such option", value=value, accepted=options, hint=did_you_mean(value, options)
+            )
+    return ConfigError("", str(error))
 
 
 def _unknown_key(name: str, overrides: Sequence[str]) -> ConfigError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,7 +16,11 @@ from omegaconf import DictConfig
 from reprune import dry_run, help
 from reprune.compose import Composed, compose_run, jobs_of, plain, prepare
 from reprune.errors import ConfigError, RunError
+from reprune.files import sha256_of_json
 from reprune.tracking.progress import LOG, configure_logging, quiet_libraries
+
+if TYPE_CHECKING:
+    from reprune.check import RunPlan
 
 HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--shell-completion", "-sc")
 
@@ -58,7 +62,16 @@ def check_all(arguments: list[str]) -> None:
 
     quiet_libraries()
     for one in composed:
-        check(one)
+        _CHECKED[_key(one)] = check(one)
+
+
+_CHECKED: dict[str, RunPlan] = {}
+"""Plans that `check_all` made in this process: a job that runs here need not be checked again."""
+
+
+def _key(composed: Composed) -> str:
+    choices = {group: option for group, option in composed.choices.items() if not group.startswith("hydra/")}
+    return sha256_of_json([composed.config, choices])
 
 
 def job(config: DictConfig) -> dict[str, Any] | None:
@@ -70,7 +83,8 @@ def job(config: DictConfig) -> dict[str, Any] | None:
     quiet_libraries()
     settings = HydraConfig.get()
     choices = {str(key): str(value or "") for key, value in settings.runtime.choices.items()}
-    plan = check(Composed(plain(config), choices, tuple(settings.overrides.task), {}))
+    composed = Composed(plain(config), choices, tuple(settings.overrides.task), {})
+    plan = _CHECKED.pop(_key(composed), None) or check(composed)
     if plan.config["dry_run"]:
         dry_run.show(plan)
         return None

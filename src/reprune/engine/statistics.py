@@ -73,10 +73,13 @@ class InputStatistics:
         while True:
             damped = hessian.clone()
             damped.diagonal().add_(tried * mean)
-            lower, failed = torch.linalg.cholesky_ex(damped)
+            # H = U Uᵀ with U upper, from the Cholesky factor of H with rows and columns reversed; then C = U⁻¹:
+            # one factorisation and one triangular solve instead of two factorisations and an inverse.
+            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
             if not failed:
-                factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-                if not failed and bool(torch.isfinite(factor).all()):
+                identity = torch.eye(len(damped), device=damped.device)
+                factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+                if bool(torch.isfinite(factor).all()):
                     return factor, notes
             if tried >= MAX_DAMP:
                 raise RunError(

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
+
+from reprune.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,19 @@ class LinearView:
 
 
 def linears_of(block: nn.Module) -> dict[str, LinearView]:
-    """The prunable linears of a block, in module order; routers of experts are left alone."""
+    """The prunable linears of a block, in module order; routers of experts are left alone.
+
+    Raises ConfigError for experts fused into one parameter: to leave them out in silence would be another sparsity.
+    """
     found = {}
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             found[name] = LinearView(name, module, transposed=isinstance(module, Conv1D))
+        fused = [own for own, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
+        if fused and not isinstance(module, _ConvNd):
+            raise ConfigError(
+                "model",
+                "its experts are fused into one parameter, which cannot be pruned yet",
+                value=f"{name}.{fused[0]}",
+            )
     return found

@@ -83,29 +83,25 @@ def load_tokenizer(source: ModelSource) -> Any:
     """The tokenizer of a model source; no weights are read."""
     from transformers import AutoTokenizer
 
-    folder = source.description()
-    try:
-        return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=source.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "model", f"its tokenizer cannot be loaded: {_first_line(error)}", value=folder
-        ) from error
+    return _described(source, AutoTokenizer, "tokenizer")
 
 
 def load_config(source: ModelSource) -> Any:
     """The transformers config of a model source; no weights are read."""
     from transformers import AutoConfig
 
+    return _described(source, AutoConfig, "config")
+
+
+def _described(source: ModelSource, loader: Any, what: str) -> Any:
     folder = source.description()
     try:
-        return AutoConfig.from_pretrained(
+        return loader.from_pretrained(
             folder, local_files_only=True, trust_remote_code=source.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "model", f"its config cannot be loaded: {_first_line(error)}", value=folder
+            "model", f"its {what} cannot be loaded: {_first_line(error)}", value=folder
         ) from error
 
 

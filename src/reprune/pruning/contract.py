@@ -60,6 +60,10 @@ class Pruner(Protocol):
 
     needs: Needs
 
+    def check(self, pattern: Pattern) -> None:
+        """ConfigError for a pattern that the method cannot make, before anything is loaded."""
+        ...
+
     def prune(self, layer: LayerContext, pattern: Pattern, sparsity: float) -> Pruned:
         """Prune a layer to `sparsity` in `pattern`. RunError, naming the layer, when it cannot be done."""
         ...
@@ -70,6 +74,9 @@ class ScorePruner(ABC):
 
     needs: ClassVar[Needs] = Needs()
     within: ClassVar[Group] = Group.MATRIX
+
+    def check(self, pattern: Pattern) -> None:  # noqa: B027 (most methods have nothing to check)
+        """Scores go with every pattern."""
 
     @abstractmethod
     def score(self, layer: LayerContext) -> Tensor:

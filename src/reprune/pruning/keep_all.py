@@ -17,6 +17,9 @@ class KeepAll:
 
     needs: ClassVar[Needs] = Needs(prunes=False)
 
+    def check(self, pattern: Pattern) -> None:
+        """No pattern is made."""
+
     def prune(self, layer: LayerContext, pattern: Pattern, sparsity: float) -> Pruned:
         """See Pruner."""
         return Pruned(layer.weight.clone(), torch.ones_like(layer.weight, dtype=torch.bool))

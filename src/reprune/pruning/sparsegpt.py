@@ -33,8 +33,8 @@ class SparseGPT:
         require_nonnegative(damp=self.damp)
         require_positive(block_size=self.block_size)
 
-    def prune(self, layer: LayerContext, pattern: Pattern, sparsity: float) -> Pruned:
-        """See Pruner."""
+    def check(self, pattern: Pattern) -> None:
+        """Groups of the pattern must not cross blocks of columns."""
         group = pattern.columns
         if group is not None and self.block_size % group:
             raise ConfigError(
@@ -42,6 +42,11 @@ class SparseGPT:
                 f"must be a multiple of the pattern's group of {group}",
                 value=self.block_size,
             )
+
+    def prune(self, layer: LayerContext, pattern: Pattern, sparsity: float) -> Pruned:
+        """See Pruner."""
+        self.check(pattern)
+        group = pattern.columns
         factor, notes = layer.inputs.inverse_factor(self.damp, f"block {layer.block}, layer {layer.name}")
         # A copy in any case: the transpose of a weight that is stored transposed is contiguous as it is.
         weight_T = layer.weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

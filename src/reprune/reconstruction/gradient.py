@@ -67,6 +67,9 @@ def reconstruct(
     """
     from transformers import get_scheduler
 
+    # Recording a call runs a block on the host in the model's dtype, so it comes before the blocks leave either.
+    for size in {min(technique.batch_size, len(pairs)), len(pairs) % technique.batch_size} - {0}:
+        model.call(blocks.start, size, pairs.inputs[0].length)
     with _in_float32(model, blocks):
         chosen: list[nn.Parameter] = []
         held: list[tuple[nn.Parameter, Tensor]] = []
@@ -77,7 +80,8 @@ def reconstruct(
             for name, keep in masks[block].items():
                 parameter = trained.get(linears[name].parameter)
                 if parameter is not None:
-                    held.append((parameter, keep.to(parameter.device)))
+                    # A bool factor is cast element by element, at ten times the cost.
+                    held.append((parameter, keep.to(parameter.device, torch.float32)))
         if not chosen:
             raise RunError(
                 f"blocks {_named(blocks)}: no parameter is trainable with trainable={technique.trainable}"

@@ -1,0 +1,49 @@
+"""Everything offline and small; the tiny models live in a cache of the session, the text stays where it is."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers.utils import logging as transformers_logging
+
+from reprune.model import device
+from reprune.model.loading import LoadedModel
+from support import load_tiny
+
+MakeModel = Callable[..., LoadedModel]
+
+settings.register_profile("small", deadline=None, max_examples=30)
+settings.load_profile("small")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_single_threaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny products crawl where threads wait for each other; progress bars hide failures."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    if "real" not in request.keywords:
+        monkeypatch.setattr(device, "DEFAULT_THREADS", 1)
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """`load_tiny` with its folders in a cache of this session; every call gives a fresh model."""
+    cache = tmp_path_factory.mktemp("models")
+
+    def make(architecture: str = "llama", **choices: Any) -> LoadedModel:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("REPRUNE_CACHE", str(cache))
+            return load_tiny(architecture, **choices)
+
+    return make

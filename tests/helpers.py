@@ -1,0 +1,87 @@
+"""What several test files share: tiny runs, texts made on the spot, the bytes a run leaves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from reprune.check import RunPlan, check
+from reprune.compose import compose_run
+from reprune.pipeline import run
+
+TINY = (
+    "model=tiny",
+    "calibration=vocabulary",
+    "calibration.num_sequences=3",
+    "calibration.length=16",
+    "~calibration@probes.wiki",
+    "~calibration@probes.code",
+    "reconstruction.epochs=1",
+    "reconstruction.batch_size=2",
+    "evaluation=none",
+    "tracking=jsonl",
+    "threads=1",
+)
+"""A run of a random 3-block model on random tokens: a fraction of a second, no files but the run folder."""
+
+
+def overrides_for(output_dir: Path, *more: str) -> list[str]:
+    """The overrides of a tiny run; later ones win."""
+    return [*TINY, f"output_dir={output_dir}", *more]
+
+
+def plan_of(output_dir: Path, *more: str) -> RunPlan:
+    """The checked plan of a tiny run."""
+    return check(compose_run(overrides_for(output_dir, *more)))
+
+
+def run_tiny(output_dir: Path, *more: str) -> tuple[RunPlan, dict[str, Any]]:
+    """Do a tiny run; its plan and result."""
+    plan = plan_of(output_dir, *more)
+    return plan, run(plan)
+
+
+def perplexity_on(**files: Path) -> list[str]:
+    """Overrides that evaluate perplexity on files only."""
+    gone = [f"~evaluation.perplexity.texts.{name}" for name in ("web", "wiki", "code")]
+    sizes = ["evaluation.perplexity.length=16", "evaluation.perplexity.num_windows=3"]
+    texts = [f"+evaluation.perplexity.texts.{name}={path}" for name, path in files.items()]
+    return ["evaluation=perplexity", *gone, *sizes, *texts]
+
+
+def write_documents(path: Path, count: int = 40, words: int = 60, seed: int = 0) -> list[str]:
+    """Write a JSONL text of `count` documents of random words, which no other seed repeats; returns them."""
+    stream = torch.Generator().manual_seed(seed)
+    documents = []
+    for _ in range(count):
+        letters = torch.randint(97, 123, (words, 6), generator=stream).tolist()
+        documents.append(" ".join("".join(map(chr, word)) for word in letters))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return documents
+
+
+def state_bytes(folder: Path) -> dict[str, bytes]:
+    """Every tensor, weights and masks, of the windows a run has on disk, by file and name."""
+    found = {}
+    for path in sorted((folder / "state").glob("*.safetensors")):
+        with safe_open(path, framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118 (a safetensors file, not a dict)
+                tensor = stream.get_tensor(name).contiguous()
+                found[f"{path.name}/{name}"] = tensor.view(torch.uint8).numpy().tobytes()
+    return found
+
+
+def wandb_records(folder: Path) -> list[dict[str, Any]]:
+    """What the only offline W&B run of a folder holds, read back from its file by W&B's own reader."""
+    [record] = (folder / "wandb").glob("offline-run-*/*.wandb")
+    told = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    return [json.loads(line) for line in told.stdout.splitlines()]

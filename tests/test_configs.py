@@ -1,0 +1,209 @@
+"""Every option of every group composes, and its keys are its constructor's arguments."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from reprune.build import build
+from reprune.compose import compose_run, config_root, jobs_of
+from reprune.schema import RunConfig
+
+ROOT = config_root()
+CONF = ROOT / "conf"
+GLOBAL = ("experiments", "arm", "sweeps")
+"""Groups whose files are deltas on the whole config, not one node."""
+OPTIONS = [
+    (path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name not in GLOBAL
+]
+EXPERIMENTS = [
+    str(path.relative_to(ROOT / "experiments").with_suffix(""))
+    for path in sorted((ROOT / "experiments").rglob("*.yaml"))
+]
+ARMS = sorted(path.stem for path in (CONF / "arm").glob("*.yaml"))
+SWEEPS = sorted(
+    str(path.relative_to(ROOT / "sweeps").with_suffix(""))
+    for path in (ROOT / "sweeps").rglob("*.yaml")
+    if "wandb" not in path.parts
+)
+VALUES = {("model", "local", "path"): "a_folder", ("calibration", "tokens", "path"): "tokens.safetensors"}
+"""What options with keys that have to be set are given here."""
+
+
+def _yaml(group: str, option: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((CONF / group / f"{option}.yaml").read_text(encoding="utf-8"))
+    return content
+
+
+def _given(group: str, option: str) -> list[str]:
+    return [
+        f"{group}.{key}={value}" for (of, name, key), value in VALUES.items() if (of, name) == (group, option)
+    ]
+
+
+def _nodes(content: Any) -> Iterator[Mapping[str, Any]]:
+    """Every node with a target, at any depth."""
+    if isinstance(content, Mapping):
+        if "_target_" in content:
+            yield content
+        for value in content.values():
+            yield from _nodes(value)
+
+
+def _constructor(target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _built(config: Mapping[str, Any]) -> int:
+    """Build every node of a composed config; how many there were."""
+    count = 0
+    for key, value in config.items():
+        for name, node in (
+            value.items() if isinstance(value, Mapping) and "_target_" not in value else [("", value)]
+        ):
+            if isinstance(node, Mapping) and "_target_" in node:
+                build(node, f"{key}.{name}" if name else key)
+                count += 1
+    return count
+
+
+def test_the_issues_options_are_there() -> None:
+    """Catches an option that was renamed: the names are part of the contract."""
+    wanted = {
+        "model": "smollm2_135m gemma3_270m opt_125m llama_7b llama3_8b qwen3_0_6b local tiny",
+        "calibration": "web domain generated vocabulary tokens mixture same",
+        "pruner": "none random magnitude wanda sparsegpt",
+        "pattern": "unstructured 2to4 4to8",
+        "allocation": "uniform",
+        "schedule": "one_shot",
+        "reconstruction": "none br br_gp br_gp_cr",
+        "evaluation": "none quick perplexity",
+        "tracking": "wandb jsonl",
+    }
+    there = set(OPTIONS)
+    assert {(group, option) for group, options in wanted.items() for option in options.split()} <= there
+    assert set(ARMS) >= {"none", "br", "br_gp", "br_gp_cr", "br_gp_cr_generated"}
+    assert "quickstart" in EXPERIMENTS
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_option_composes_and_builds(group: str, option: str) -> None:
+    """Catches an option that names a class, a key or a value that no longer exists."""
+    composed = compose_run([f"{group}={option}", *_given(group, option)])
+    node = composed.config[group]
+    assert composed.choices[group] == option
+    if group == "evaluation":
+        for name, entry in node.items():
+            build(entry, f"{group}.{name}", composed.where)
+        assert set(node) == set(_yaml(group, option))
+    else:
+        built = build(node, group, composed.where)
+        assert type(built).__name__ == node["_target_"].rpartition(".")[2]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_keys_are_the_constructors_arguments(group: str, option: str) -> None:
+    """Catches a key nobody reads, and an argument that the option file does not show."""
+    content = _yaml(group, option)
+    nodes = list(_nodes(content))
+    assert nodes or not content, "an option without a target"
+    for node in nodes:
+        accepted = set(inspect.signature(_constructor(node["_target_"])).parameters)
+        keys = set(node) - {"_target_", "defaults"}
+        # Nested options come from the defaults list: `web@parts.web` fills the argument `parts`.
+        defaults = [entry for entry in node.get("defaults", []) if isinstance(entry, str) and "@" in entry]
+        keys |= {entry.partition("@")[2].split(".")[0] for entry in defaults}
+        assert keys == accepted, node["_target_"]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_option_says_what_it_is(group: str, option: str) -> None:
+    """Catches an option that `reprune --help` shows without a word."""
+    first = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ")
+    assert len(first) > 4
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "calibration"])
+def test_source_serves_every_place(option: str) -> None:
+    """Catches a source that works as mask data only: the options are the same for the other texts."""
+    places = ["calibration@reconstruction_data", "calibration@probes.wiki", "+calibration@validation.mine"]
+    values = {place: place.rpartition("@")[2] for place in places}
+    given = [
+        f"{node}.{key}={value}"
+        for node in values.values()
+        for (_, name, key), value in VALUES.items()
+        if name == option
+    ]
+    config = compose_run([*(f"{place}={option}" for place in places), *given]).config
+    nodes = [config["reconstruction_data"], config["probes"]["wiki"], config["validation"]["mine"]]
+    assert len({type(build(node, "text")) for node in nodes}) == 1
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_composes(experiment: str) -> None:
+    """Catches an experiment, or a point of its sweep, that sets what no longer exists."""
+    jobs = list(jobs_of([f"experiments={experiment}"]))
+    assert jobs
+    for overrides in jobs:
+        composed = compose_run(overrides)
+        assert _built(composed.config) >= 9
+        assert composed.config["experiment"] != "default", "an experiment names its W&B group"
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("experiment", [None, "quickstart"])
+def test_arm_composes(arm: str, experiment: str | None) -> None:
+    """Catches an arm that composes alone but not in the experiment it is for."""
+    overrides = [f"arm={arm}", *([f"experiments={experiment}"] if experiment else [])]
+    composed = compose_run(overrides)
+    assert composed.choices["arm"] == arm
+    assert _built(composed.config) >= 9
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_sweep_composes(sweep: str) -> None:
+    """Catches a grid over keys or options that no longer exist."""
+    for overrides in jobs_of([f"sweeps={sweep}"]):
+        assert _built(compose_run(overrides).config) >= 9
+
+
+def test_arms_differ_from_each_other_only_in_what_they_are_about() -> None:
+    """Catches arms that are compared although they differ in more than reconstruction and its text."""
+
+    def rest(arm: str) -> dict[str, Any]:
+        config = compose_run(["experiments=quickstart", f"arm={arm}"]).config
+        return {
+            key: value
+            for key, value in config.items()
+            if key not in {"reconstruction", "reconstruction_data", "probes"}
+        }
+
+    assert all(rest(arm) == rest("none") for arm in ARMS)
+    trained = [
+        compose_run(["experiments=quickstart", f"arm={arm}"]).config["reconstruction"]
+        for arm in ARMS
+        if arm != "none"
+    ]
+    for key in ("epochs", "batch_size", "learning_rate", "optimiser", "loss", "trainable"):
+        assert len({str(technique[key]) for technique in trained}) == 1, key
+
+
+def test_every_top_level_key_of_the_config_is_in_the_schema() -> None:
+    """Catches a key in conf/config.yaml that the schema does not type."""
+    assert set(compose_run([]).config) <= set(RunConfig.__dataclass_fields__)
+
+
+def test_config_files_end_with_a_newline_and_hold_no_tabs() -> None:
+    """Catches files that YAML reads but people's tools do not."""
+    for path in [*CONF.rglob("*.yaml"), *Path(ROOT / "experiments").rglob("*.yaml")]:
+        text = path.read_text(encoding="utf-8")
+        assert text.endswith("\n"), path
+        assert "\t" not in text, path

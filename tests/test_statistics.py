@@ -1,0 +1,165 @@
+"""Input statistics: sums over tokens, however they come, and one accumulator for layers that see one input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from conftest import MakeModel
+from reprune.calibration.roles import Texts
+from reprune.engine.activations import Stores
+from reprune.engine.chains import Chains
+from reprune.engine.layers import collect
+from reprune.engine.statistics import InputStatistics, collecting
+from reprune.model import device
+from reprune.model.linears import linears_of
+from reprune.model.loading import LoadedModel
+from reprune.pruning.sparsegpt import SparseGPT
+from reprune.pruning.wanda import Wanda
+from support import block_loop, random_text
+
+
+@given(st.lists(st.integers(1, 40), max_size=5), st.integers(0, 1000))
+def test_sums_do_not_depend_on_the_split(cuts: list[int], seed: int) -> None:
+    """Catches per-batch and per-sample means, and a running average that forgets its count."""
+    inputs = torch.randn(41, 5, generator=torch.Generator().manual_seed(seed))
+    statistics = InputStatistics()
+    for part in torch.tensor_split(inputs, sorted(set(cuts))):
+        statistics.add(part[None], with_gram=True)
+    exact = inputs.double()
+    assert statistics.num_tokens == 41
+    assert statistics.gram is not None
+    torch.testing.assert_close(statistics.gram.double(), exact.T @ exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(statistics.norm.double(), exact.norm(dim=0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_feature_is_dead_only_if_every_token_has_it_zero() -> None:
+    """Catches deadness judged by the last batch."""
+    statistics = InputStatistics()
+    statistics.add(torch.tensor([[1.0, 0.0, 0.0]]), with_gram=False)
+    statistics.add(torch.tensor([[0.0, 0.0, 2.0]]), with_gram=False)
+    assert statistics.dead.tolist() == [False, True, False]
+    assert statistics.gram is None
+
+
+def _inputs_of_linears(model: LoadedModel, texts: Texts) -> dict[str, Tensor]:
+    """Float64 inputs [tokens, d_in] of block 0's linears over the mask texts, from plain forward passes."""
+    found: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, inputs: found.setdefault(name, []).append(inputs[0].flatten(0, -2).double())
+
+    linears = {n: m for n, m in model.blocks[0].named_modules() if isinstance(m, nn.Linear)}
+    handles = [module.register_forward_pre_hook(keep(name)) for name, module in linears.items()]
+    with torch.no_grad():
+        for text in texts.mask:
+            model.model(input_ids=text.tokens_NT, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 128])
+@pytest.mark.parametrize("batch", [1, 3, 1000])
+def test_any_count_of_samples_in_any_batches(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_samples: int, batch: int
+) -> None:
+    """Catches hard-coded counts of 128, a last batch that is dropped, and texts weighted by sequence, not token."""
+    model = make_model("llama", num_blocks=1)
+    texts = Texts(
+        mask=[random_text("long", num_sequences=num_samples, length=6), random_text("short", length=2)]
+    )
+    monkeypatch.setitem(device.TOKENS_A_PASS, "cpu", batch * 6)
+    pruning = block_loop(model, tmp_path, texts=texts, pruner=SparseGPT()).pruning
+    chains = Chains(model, texts.all, Stores(torch.float32, 32, tmp_path, on_disk=False))
+    found = collect(pruning, chains, 0, chains.pruned, texts.mask)
+    for name, inputs in _inputs_of_linears(model, texts).items():
+        statistics = found[name]
+        assert statistics.num_tokens == 6 * num_samples + 2 * 6
+        assert statistics.gram is not None
+        torch.testing.assert_close(statistics.gram.double(), inputs.T @ inputs, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(statistics.norm.double(), inputs.norm(dim=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_gram", [True, False])
+def test_layers_with_one_input_share_one_accumulator(
+    make_model: MakeModel, tmp_path: Path, with_gram: bool
+) -> None:
+    """Catches a Gram and a factorisation for each of q, k and v; and sharing with a layer that sees something else."""
+    model = make_model("llama", num_blocks=1)
+    texts = Texts(mask=[random_text("mask")])
+    pruner = SparseGPT() if with_gram else Wanda()
+    pruning = block_loop(model, tmp_path, texts=texts, pruner=pruner).pruning
+    chains = Chains(model, texts.all, Stores(torch.float32, 32, tmp_path, on_disk=False))
+    found = collect(pruning, chains, 0, chains.pruned, texts.mask)
+    attention = [found[f"self_attn.{name}_proj"] for name in ("q", "k", "v")]
+    assert attention[0] is attention[1] is attention[2]
+    assert found["mlp.gate_proj"] is found["mlp.up_proj"]
+    distinct = [attention[0], found["self_attn.o_proj"], found["mlp.gate_proj"], found["mlp.down_proj"]]
+    assert len({id(statistics) for statistics in distinct}) == 4
+    assert {statistics.num_tokens for statistics in distinct} == {6 * 12}
+    if with_gram:
+        first = attention[0].inverse_factor(0.01, "here")
+        assert attention[2].inverse_factor(0.01, "here")[0] is first[0]
+
+
+class _Freed(nn.Module):
+    """Two linears whose inputs are temporaries: the second gets the address that the first gave back.
+
+    Above 32 MiB glibc maps memory for each tensor and unmaps it at once, so the address is free and taken again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 1), nn.Linear(64, 1)
+        self.addresses: list[int] = []
+
+    def _own(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        self.addresses.append(x.data_ptr())
+        return layer(x).sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._own(self.a, x + 1) + self._own(self.b, x - 1)
+
+
+class _InPlace(_Freed):
+    """Two linears that get one tensor, changed in place between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        return self._own(self.a, x) + self._own(self.b, x.sub_(2))
+
+
+@pytest.mark.parametrize("block", [_Freed, _InPlace])
+@torch.no_grad()
+def test_one_address_later_is_not_one_input(block: type[_Freed]) -> None:
+    """Catches sharing decided by address alone: memory is given back and used again, or changed in place."""
+    module = block()
+    inputs = [torch.randn(150_000, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    module(inputs[0])
+    assert module.addresses[0] == module.addresses[1], "this allocator does not show the fault"
+    with collecting(linears_of(module), with_gram=True) as found:
+        for x in inputs:
+            module(x)
+    assert found["a"] is not found["b"]
+    for name, offset in (("a", 1), ("b", -1)):
+        flat = torch.cat(inputs).double() + offset
+        gram = found[name].gram
+        assert gram is not None
+        torch.testing.assert_close(gram.double(), flat.T @ flat, rtol=1e-3, atol=1)
+
+
+@torch.no_grad()
+def test_hooks_are_gone_afterwards() -> None:
+    """Catches hooks that stay and count every later forward pass."""
+    module = nn.Sequential(nn.Linear(4, 4))
+    with collecting(linears_of(module), with_gram=False) as found:
+        module(torch.ones(2, 4))
+    module(torch.ones(5, 4))
+    assert found["0"].num_tokens == 2
