@@ -207,3 +207,10 @@ def test_config_files_end_with_a_newline_and_hold_no_tabs() -> None:
         text = path.read_text(encoding="utf-8")
         assert text.endswith("\n"), path
         assert "\t" not in text, path
+
+
+def test_arm_none_does_not_reconstruct() -> None:
+    """Catches an experiment's optimiser settings that turn the row 'what the pruner leaves' into another one."""
+    composed = compose_run(["experiments=quickstart", "arm=none"])
+    assert composed.config["reconstruction"]["epochs"] > 0
+    assert not build(composed.config["reconstruction"], "reconstruction").trains

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -74,3 +75,19 @@ def test_readme_and_help_name_every_option() -> None:
         for name, line in options(group).items():
             assert f"`{name}`" in readme or f"`{name} " in readme, f"{group}={name} is not in the README"
             assert line, f"conf/{group}/{name}.yaml has no first line that says what it is"
+
+
+@pytest.mark.parametrize(
+    "notebook", sorted((config_root() / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
+)
+def test_notebooks_run_and_are_stored_without_outputs(
+    notebook: Path, two_runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook that no longer runs, or that carries yesterday's figures."""
+    monkeypatch.setenv("REPRUNE_RUNS", str(two_runs))
+    names: dict[str, object] = {}
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec(compile("".join(cell["source"]), notebook.name, "exec"), names)
+    assert names

@@ -15,7 +15,7 @@ from reprune.calibration.source import Document, TextContext, TextSource
 from reprune.calibration.vocabulary import ordinary_tokens
 from reprune.errors import RunError, require_nonnegative, require_positive
 from reprune.files import write_tensors
-from reprune.model.loading import LoadedModel
+from reprune.model.loading import LoadedModel, adds_bos
 from reprune.seeding import generator
 
 MAX_PREFIX_TRIES = 200
@@ -96,31 +96,43 @@ class Generated(TextSource):
         places = range(batch * self.batch_size, (batch + 1) * self.batch_size)
         streams = [generator(context.seed, "generated", context.part, place) for place in places]
         with model.plan.holding(model.model):
-            prefixes = torch.stack([self._prefix(model, stream) for stream in streams])
+            prefixes = self._prefixes(model, streams)
             return self._sample(model, prefixes, streams)
 
-    def _prefix(self, model: LoadedModel, stream: torch.Generator) -> Tensor:
-        """[BOS,] a random token and the greedy ones, int64; drawn again until the language is right."""
+    def _prefixes(self, model: LoadedModel, streams: list[torch.Generator]) -> Tensor:
+        """A prefix a stream, int64 [texts, prefix]: [BOS,] a random token and the greedy ones.
+
+        Streams whose prefix ends at once or is not in the language draw again, all of them together.
+        """
         tokenizer = model.tokenizer
         ordinary = ordinary_tokens(tokenizer)
-        head = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else []
+        head = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+        found: dict[int, Tensor] = {}
         for _ in range(MAX_PREFIX_TRIES):
-            first = ordinary[torch.randint(len(ordinary), (1,), generator=stream)]
-            ids = torch.cat([torch.tensor(head, dtype=torch.long), first])
+            waiting = [place for place in range(len(streams)) if place not in found]
+            if not waiting:
+                break
+            drawn = [torch.randint(len(ordinary), (1,), generator=streams[place]) for place in waiting]
+            ids = torch.stack(
+                [torch.cat([torch.tensor(head, dtype=torch.long), ordinary[one]]) for one in drawn]
+            )
             for _ in range(self.num_greedy):
-                following = model.logits(ids[None])[0, -1].argmax().cpu()
-                ids = torch.cat([ids, following[None]])
-            if tokenizer.eos_token_id in ids[len(head) :]:
-                continue
-            if (
-                self.language is None
-                or detected_language(tokenizer.decode(ids[len(head) :])) == self.language
-            ):
-                return ids
-        raise RunError(
-            f"{MAX_PREFIX_TRIES} prefixes in a row were not '{self.language}' or ended at once; "
-            "set language=null on the generated source, or use another model"
-        )
+                following = model.logits(ids)[:, -1].argmax(dim=-1).cpu()
+                ids = torch.cat([ids, following[:, None]], dim=1)
+            for place, prefix in zip(waiting, ids, strict=True):
+                if self._accepts(prefix[len(head) :], tokenizer):
+                    found[place] = prefix
+        if len(found) < len(streams):
+            raise RunError(
+                f"{MAX_PREFIX_TRIES} prefixes in a row were not '{self.language}' or ended at once; "
+                "set language=null on the generated source, or use another model"
+            )
+        return torch.stack([found[place] for place in range(len(streams))])
+
+    def _accepts(self, prefix: Tensor, tokenizer: Any) -> bool:
+        if tokenizer.eos_token_id in prefix:
+            return False
+        return self.language is None or detected_language(tokenizer.decode(prefix)) == self.language
 
     def _sample(self, model: LoadedModel, prefixes: Tensor, streams: list[torch.Generator]) -> list[Tensor]:
         """Continue each prefix by sampling with a key-value cache; returns the texts without BOS and end-of-text."""

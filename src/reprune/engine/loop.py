@@ -108,6 +108,8 @@ class BlockLoop:
         return self.technique.trains and self.technique.target_chain == "sparse"
 
     def _num_steps(self) -> int:
+        if not self.technique.trains:
+            return 0
         samples = sum(len(text.tokens_NT) for text in self.texts.reconstruction)
         return self.technique.epochs * -(-samples // self.technique.batch_size)
 

@@ -17,7 +17,7 @@ class Technique:
 
     x_a enters a window from the pruned chain (`input_chain: sparse`) or the dense one; the target is the dense
     window's output on the pruned chain's input (`target_chain: sparse`, BR) or on the dense chain's (`dense`, GP).
-    `epochs: 0` leaves what the pruner left. Defaults of the optimiser are the study's: Adam(0.9, 0.95), lr 2e-4 with
+    `trainable: none` or `epochs: 0` leaves what the pruner left. Defaults of the optimiser are the study's: Adam(0.9, 0.95), lr 2e-4 with
     linear decay, no weight decay, batch 8; `clip_norm` bounds the norm of the true gradient.
     """
 
@@ -65,4 +65,4 @@ class Technique:
     @property
     def trains(self) -> bool:
         """Whether anything is reconstructed at all."""
-        return self.epochs > 0
+        return self.epochs > 0 and self.trainable != "none"

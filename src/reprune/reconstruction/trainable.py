@@ -27,8 +27,14 @@ def biases_and_norms(block: nn.Module, linears: Mapping[str, LinearView]) -> Par
     return {name: parameter for name, parameter in block.named_parameters() if parameter.dim() == 1}
 
 
+def nothing(block: nn.Module, linears: Mapping[str, LinearView]) -> Parameters:
+    """What the pruner left stays, whatever the other fields say."""
+    return {}
+
+
 TRAINABLE: dict[str, Callable[[nn.Module, Mapping[str, LinearView]], Parameters]] = {
     "all": everything,
     "linears": only_linears,
     "bias_norm": biases_and_norms,
+    "none": nothing,
 }
