@@ -170,14 +170,14 @@ def check(composed: Composed) -> RunPlan:
         "device": device.kind,
     }
     folder = RunFolder.of(Path(config["output_dir"]), _label(composed, source), config_hash(identity))
-    activations = _activation_bytes(requests, shapes, technique, device)
+    texts, waiting = cut_all(requests, tokenizer, None, seed_data)
+    activations = _activation_bytes(texts, waiting, shapes, technique, device)
     memory, disk = _sizes(shapes, technique, device, activations, config)
     plan = RunPlan(
         composed, source, tokenizer, device, shapes, pruner, pattern, sparsity, layer_sparsity, technique, requests,
         suite, tracking, folder, identity, seed_data, seed_training, memory, disk, activations,
     )  # fmt: skip
     _check_room(plan)
-    texts, _ = cut_all(requests, tokenizer, None, seed_data)
     plan.check_texts(texts)
     return plan
 
@@ -224,9 +224,10 @@ def _label(composed: Composed, source: ModelSource) -> str:
 
 
 def _activation_bytes(
-    requests: list[Request], shapes: Shapes, technique: Technique, device: DevicePlan
+    texts: Texts, waiting: list[Request], shapes: Shapes, technique: Technique, device: DevicePlan
 ) -> int:
-    tokens = sum((request.source.num_sequences or 0) * (request.source.length or 0) for request in requests)
+    tokens = sum(text.tokens_NT.numel() for text in texts.all)
+    tokens += sum((request.source.num_sequences or 0) * (request.source.length or 0) for request in waiting)
     # Dense boundaries of a window, the pruned chain, and one being written.
     boundaries = technique.window + 1 + 3
     return tokens * shapes.hidden_size * boundaries * torch.finfo(device.dtype).bits // 8

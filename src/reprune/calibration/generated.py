@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from reprune import RESULTS_VERSION
 from reprune.cache import cached_folder
 from reprune.calibration.source import Document, TextContext, TextSource
 from reprune.calibration.vocabulary import ordinary_tokens
@@ -76,9 +77,11 @@ class Generated(TextSource):
     def _batch(self, model: LoadedModel, context: TextContext, batch: int) -> list[Tensor]:
         key = {
             **self.identity(),
+            "results_version": RESULTS_VERSION,
             "model": model.identity,
             "dtype": str(model.plan.dtype),
             "device": model.plan.kind,
+            "threads": model.plan.num_threads,
             "seed": context.seed,
             "part": context.part,
             "batch": batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ class Activations:
             self.states_NTH = torch.empty(shape, dtype=dtype)
         else:
             size = shape[0] * shape[1] * shape[2]
+            _reserve(file, size * torch.finfo(dtype).bits // 8)
             self.states_NTH = torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
 
     def __len__(self) -> int:
@@ -51,6 +53,15 @@ class Activations:
             self._file.unlink(missing_ok=True)
 
 
+def _reserve(file: Path, num_bytes: int) -> None:
+    """Take the space now: a disk that fills up under a mapping kills the process instead of raising OSError."""
+    with file.open("wb") as stream:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, num_bytes)
+        else:
+            stream.truncate(num_bytes)
+
+
 @dataclass
 class Stores:
     """Makes stores: in host memory up to `memory_limit` bytes for the whole run, else in files below `folder`."""
@@ -70,7 +81,7 @@ class Stores:
         file = self.folder / f"{next(self._numbers)}.activations"
         try:
             return Activations(shape, self.dtype, file)
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             raise RunError(
                 f"activations cannot be stored in {self.folder}: {error}; free disk space"
             ) from error

@@ -89,6 +89,8 @@ class BlockLoop:
         progress.pending, progress.masks = restored.pending, restored.masks
         if done:
             self.meter.go_on_from(restored.measured)
+            # What a kill may have kept from the trackers is told again.
+            self.after_commit(done, progress.rows, progress.rows)
         for block in range(entered):
             with self.meter.stage("replay"):
                 current = dense_copy(self.model, block)
