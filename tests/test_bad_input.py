@@ -103,6 +103,12 @@ TABLE = [
         for key in ("seed", "seed_data", "seed_training", "reconstruction.epochs", "reconstruction.weight_decay", "pruner.damp")
     ),
     Bad("calibration.length=1", "calibration.length", ("BOS", "1", "2 or more")),
+    Bad("calibration.length=600", "calibration.length", ("model's context", "600", "at most 512")),
+    Bad("reconstruction.learning_rate=inf", "reconstruction.learning_rate", ("inf", "finite")),
+    Bad("reconstruction.lr_schedule=reduce_lr_on_plateau", "reconstruction.lr_schedule", ("linear, cosine, constant",)),
+    Bad("model.architecture=llamma", "model.architecture", ("llamma", "did you mean 'llama'?")),
+    Bad("model.architecture=vit", "model.architecture", ("vit", "no such causal language model")),
+    Bad("model.hidden_size=30", "model.hidden_size", ("30", "divide by 8")),
     # Devices and dtypes.
     Bad("device=gpu", "device", ("unknown device", "gpu", "auto, cpu", "did you mean")),
     Bad("device=cuda:99", "device", ("not there", "cuda:99", "auto, cpu")),

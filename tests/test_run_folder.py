@@ -158,6 +158,9 @@ def test_result_shows_the_evaluation_asked_for_last(tmp_path: Path, text: Path, 
     _, second = run_tiny(tmp_path / "a", *perplexity_on(mine=text), f"{windows}={6 - first_count}")
     _, alone = run_tiny(tmp_path / "b", *perplexity_on(mine=text), f"{windows}={6 - first_count}")
     assert second["metrics"] == alone["metrics"]
+    _, first = run_tiny(tmp_path / "c", *perplexity_on(mine=text), f"{windows}={first_count}")
+    _, again = run_tiny(tmp_path / "a", *perplexity_on(mine=text), f"{windows}={first_count}")
+    assert again["metrics"] == first["metrics"], "asked for a second time, after another one"
 
 
 def test_failed_evaluation_is_no_number(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

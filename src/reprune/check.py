@@ -9,22 +9,21 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 
 from reprune import RESULTS_VERSION
 from reprune.build import build
+from reprune.calibration.corpora import CorpusSource
 from reprune.calibration.gather import Request, cut_all, requests_of
-from reprune.calibration.overlap import distinct, run_length
+from reprune.calibration.overlap import run_length
 from reprune.calibration.roles import Texts, check_roles
-from reprune.calibration.splits import common_runs
+from reprune.calibration.splits import common_runs, tokenizer_identity
 from reprune.calibration.windows import resolve_bos
 from reprune.compose import Composed
 from reprune.engine.windows import windows_over
 from reprune.errors import ConfigError, require_nonnegative
 from reprune.evaluation.suite import SuiteEntry
-from reprune.model.assets import TEXTS
 from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan, plan_device
 from reprune.model.linears import linears_of
@@ -46,6 +45,7 @@ class Shapes:
     num_parameters: int
     num_block_parameters: int
     linears: dict[str, tuple[int, int]]
+    max_length: int | None
 
     @property
     def num_weights(self) -> dict[str, int]:
@@ -99,11 +99,12 @@ class RunPlan:
         evaluation = {
             f"{entry.name}.{name}": text for entry in self.suite for name, text in entry.texts.items()
         }
-        common = (
-            common_runs(self.tokenizer, "calibration")
-            if TEXTS.cached()
-            else distinct(np.empty(0, dtype=np.uint64))
-        )
+        corpora = [
+            request.source.corpus(request.key)
+            for request in self.requests
+            if isinstance(request.source, CorpusSource)
+        ]
+        common = common_runs(self.tokenizer, corpora)
         check_lengths([text.tokens_NT.shape[1] for text in texts.reconstruction])
         return check_roles(
             texts, evaluation, common, run_length(self.tokenizer), self.config["allow_overlap"]
@@ -158,7 +159,12 @@ def check(composed: Composed) -> RunPlan:
     identity = {
         "results_version": RESULTS_VERSION,
         "model": source.identity(),
-        "texts": [request.identity for request in requests],
+        "blocks_path": source.blocks_path,
+        "tokenizer": [tokenizer_identity(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "texts": [
+            {**request.identity, "bos": resolve_bos(request.source.bos, tokenizer, request.key)}
+            for request in requests
+        ],
         "pruner": _canonical(pruner),
         "pattern": _canonical(pattern),
         "allocation": _canonical(allocation),
@@ -170,6 +176,17 @@ def check(composed: Composed) -> RunPlan:
         "device": device.kind,
     }
     folder = RunFolder.of(Path(config["output_dir"]), _label(composed, source), config_hash(identity))
+    lengths = {f"{request.key}.length": request.source.length for request in requests}
+    lengths |= {
+        f"evaluation.{entry.name}.length": text.tokens_NT.shape[1]
+        for entry in suite
+        for text in entry.texts.values()
+    }
+    for key, length in lengths.items():
+        if length is not None and shapes.max_length is not None and length > shapes.max_length:
+            raise ConfigError(
+                key, "longer than the model's context", value=length, accepted=f"at most {shapes.max_length}"
+            )
     texts, waiting = cut_all(requests, tokenizer, None, seed_data)
     activations = _activation_bytes(texts, waiting, shapes, technique, device)
     memory, disk = _sizes(shapes, technique, device, activations, config)
@@ -214,6 +231,7 @@ def _shapes(source: ModelSource) -> Shapes:
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_block_parameters=sum(parameter.numel() for parameter in blocks.parameters()),
         linears=linears,
+        max_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from reprune.calibration.roles import Texts
 from reprune.check import RunPlan
@@ -38,6 +39,7 @@ def run(plan: RunPlan, after_commit: OnCommit = lambda windows: None) -> dict[st
     Raises RunError when the run cannot go on; what was recorded stays, and the folder says why.
     """
     folder = plan.folder
+    plan.device.settle()
     with folder.locked():
         if _complete(plan):
             LOG.info("%s is finished: nothing to do", folder.path)
@@ -83,7 +85,9 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
         with meter.stage("text"):
             texts = plan.texts(model)
             overlap = plan.check_texts(texts)
-            save_texts(folder.path / "calibration.safetensors", texts)
+            keep_texts(
+                folder.path / "calibration.safetensors", texts, RunState(folder.state).windows_done() > 0
+            )
         with meter.stage("dense evaluation"):
             dense = _dense(plan, model, view)
         rows, masks = _block_loop(plan, model, texts, meter, view, tracker, after_commit).run()
@@ -142,6 +146,9 @@ def _block_loop(
 def _complete(plan: RunPlan) -> bool:
     if not plan.folder.finished or not all(finished(plan.folder.path, entry) for entry in plan.suite):
         return False
+    # The record shows the suite that was asked for last, which may be another one.
+    if read_json(plan.folder.path / "result.json")["suite"] != [entry.hash for entry in plan.suite]:
+        return False
     export = plan.config["export"]
     wanted = [name for name, asked in (("model", export["model"]), ("masks", export["masks"])) if asked]
     return all((plan.folder.path / name).is_dir() for name in wanted)
@@ -159,12 +166,24 @@ def _dense(plan: RunPlan, model: LoadedModel, view: ProgressView) -> dict[str, f
     return metrics
 
 
-def save_texts(path: Path, texts: Texts) -> None:
-    """The very token ids of every text, int64 [sequences, length], as 'role/name'; the mask data also as `input_ids`."""
+def keep_texts(path: Path, texts: Texts, going_on: bool) -> None:
+    """The very token ids of every text, int64 [sequences, length], as 'role/name'; the mask data also as `input_ids`.
+
+    RunError when a run that goes on would do so with other texts than it began with.
+    """
     tensors = {f"{text.role}/{text.name}": text.tokens_NT for text in texts.all}
     if len(texts.mask) == 1:
         tensors["input_ids"] = texts.mask[0].tokens_NT.clone()
-    write_tensors(path, tensors)
+    if not going_on:
+        write_tensors(path, tensors)
+        return
+    begun = load_file(path)
+    changed = [name for name in tensors if name not in begun or not torch.equal(begun[name], tensors[name])]
+    if changed or len(begun) != len(tensors):
+        raise RunError(
+            f"{path}: this run began with other texts ({', '.join(changed) or 'fewer now'}), and text that the model "
+            "writes may differ between thread counts and versions; go on as it began, or remove the folder"
+        )
 
 
 def _export(plan: RunPlan, model: LoadedModel, masks: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
@@ -203,6 +222,7 @@ def _result(
         "seconds": {name: round(seconds, 3) for name, seconds in meter.seconds.items()},
         "peak_memory_bytes": meter.peak_bytes,
         "overlap": dict(overlap),
+        "suite": [entry.hash for entry in plan.suite],
         "metrics": {**before, **dense, **pruned, **reconstruction_metrics(rows)},
     }
     if earlier:

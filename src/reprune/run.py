@@ -42,6 +42,11 @@ def main() -> None:
     except ConfigError as error:
         print(f"\n{error}\n", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        print(f"\n{error.filename}: {error.strerror}\n", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     # Otherwise Hydra prints its own trace and exits before main can say what happened.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -89,7 +94,12 @@ def job(config: DictConfig) -> dict[str, Any] | None:
         dry_run.show(plan)
         return None
     LOG.info("run     %s", plan.folder.path)
-    result = run(plan)
+    try:
+        result = run(plan)
+    except (RunError, ConfigError) as error:
+        # In a sweep only the first failure is raised at its end: each is told when it happens.
+        LOG.error("failed  %s: %s", plan.folder.path, error)
+        raise
     LOG.info("done    %s", plan.folder.path / "result.json")
     return result
 

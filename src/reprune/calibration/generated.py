@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
 from reprune import RESULTS_VERSION
 from reprune.cache import cached_folder
 from reprune.calibration.source import Document, TextContext, TextSource
+from reprune.calibration.splits import tokenizer_identity
 from reprune.calibration.vocabulary import ordinary_tokens
 from reprune.errors import RunError, require_nonnegative, require_positive
 from reprune.files import write_tensors
@@ -82,6 +84,8 @@ class Generated(TextSource):
             "dtype": str(model.plan.dtype),
             "device": model.plan.kind,
             "threads": model.plan.num_threads,
+            "tokenizer": tokenizer_identity(model.tokenizer),
+            "made_with": [torch.__version__, transformers.__version__],
             "seed": context.seed,
             "part": context.part,
             "batch": batch,

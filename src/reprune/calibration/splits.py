@@ -7,14 +7,24 @@ Calibration documents that share a rare run of 13 tokens with a held-out documen
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from reprune.calibration.corpus import BUILTIN_FILES, Corpus, builtin_corpus
-from reprune.calibration.overlap import distinct, rare_and_common, run_length, runs_of, shares_any, without
+from reprune.calibration.overlap import (
+    Hashes,
+    distinct,
+    rare_and_common,
+    run_length,
+    runs_of,
+    shares_any,
+    without,
+)
 from reprune.calibration.source import Document, Part
+from reprune.model.assets import TEXTS
 
 SHARES: dict[Part, float] = {"calibration": 0.5, "validation": 0.1, "probe": 0.2, "evaluation": 0.2}
 
@@ -82,7 +92,7 @@ def tokenizer_identity(tokenizer: Any) -> str:
 
 
 @lru_cache(maxsize=8)
-def _held_out_runs(family: tuple[Corpus, ...], tokens: _Tokens) -> np.ndarray[Any, np.dtype[np.uint64]]:
+def _held_out_runs(family: tuple[Corpus, ...], tokens: _Tokens) -> Hashes:
     size = run_length(tokens.tokenizer)
     everything, held_out = [], []
     for corpus in family:
@@ -95,15 +105,19 @@ def _held_out_runs(family: tuple[Corpus, ...], tokens: _Tokens) -> np.ndarray[An
 
 
 @lru_cache(maxsize=8)
-def _common_runs(tokens: _Tokens, key: str) -> np.ndarray[Any, np.dtype[np.uint64]]:
+def _common_runs(family: tuple[Corpus, ...], tokens: _Tokens) -> Hashes:
     size = run_length(tokens.tokenizer)
-    corpora = [builtin_corpus(name, key) for name in BUILTIN_FILES]
     _, common = rare_and_common(
-        [runs_of(tokens.ids(text), size) for corpus in corpora for text in corpus.documents]
+        [runs_of(tokens.ids(text), size) for corpus in family for text in corpus.documents]
     )
     return common
 
 
-def common_runs(tokenizer: Any, key: str) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """Runs that stand in many documents of the package-index texts: licences, boilerplate."""
-    return _common_runs(_Tokens(tokenizer), key)
+def common_runs(tokenizer: Any, corpora: Sequence[Corpus]) -> Hashes:
+    """Runs that stand in many documents of the package-index texts, where they are there, or of one of `corpora`."""
+    own = {corpus.sha256: corpus for corpus in corpora if not corpus.builtin}
+    families: list[tuple[Corpus, ...]] = [(corpus,) for corpus in own.values()]
+    if TEXTS.cached():
+        families.append(tuple(builtin_corpus(name, "calibration") for name in BUILTIN_FILES))
+    found = [_common_runs(family, _Tokens(tokenizer)) for family in families]
+    return distinct(np.concatenate([np.empty(0, dtype=np.uint64), *found]))

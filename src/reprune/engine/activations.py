@@ -64,7 +64,7 @@ def _reserve(file: Path, num_bytes: int) -> None:
 
 @dataclass
 class Stores:
-    """Makes stores: in host memory up to `memory_limit` bytes for the whole run, else in files below `folder`."""
+    """Makes stores: in host memory, or in files below `folder` when the plan found them too large for it."""
 
     dtype: torch.dtype
     hidden_size: int

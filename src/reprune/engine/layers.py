@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,9 @@ def prune_block(
             full = f"{block}.{name}"
             stream = generator(plan.seed, "prune", full)
             layer = LayerContext(name, block, view.weight, statistics.get(name), stream)
+            start = time.perf_counter()
             pruned = plan.pruner.prune(layer, plan.pattern, plan.sparsity[full])
+            model.plan.synchronise()
             view.write(pruned.weight)
             masks[name] = view.orient(pruned.keep).cpu().contiguous()
             rows[name] = {
@@ -70,5 +73,6 @@ def prune_block(
                 "weights": pruned.keep.numel(),
                 "removed": int((~pruned.keep).sum()),
                 "notes": list(pruned.notes),
+                "seconds": round(time.perf_counter() - start, 4),
             }
     return masks, rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -61,6 +62,11 @@ class BlockLoop:
     def run(self) -> tuple[list[dict[str, Any]], dict[int, dict[str, Tensor]]]:
         """Rows of all blocks, and their keep masks (stored layout). Goes on where an earlier run was killed."""
         windows = windows_over(len(self.model.blocks), self.technique.window, self.technique.stride)
+        if self.state.windows_done() == len(windows):
+            # Only an evaluation or an export is wanted: no activation has to be computed for it.
+            done = self.state.restore(self.model.blocks)
+            self.meter.go_on_from(done.measured)
+            return done.rows, done.masks
         chains = self._resume(windows)
         for window in windows[self._progress.windows :]:
             self.listener.window(window, len(self.model.blocks), self._num_steps())
@@ -148,11 +154,14 @@ class BlockLoop:
             pairs = Pairs([inputs[text.key] for text in texts], [targets[text.key] for text in texts])
             blocks = range(window.first, window.stop)
             order = generator(self.seed_training, "reconstruction", window.index)
+            start = time.perf_counter()
             losses = reconstruct(
                 model, blocks, self._progress.masks, pairs, technique, order, self.listener.step
             )
+            seconds = round(time.perf_counter() - start, 3)
+        told = {"window": window.index, "epoch_losses": losses, "seconds": seconds}
         for block in blocks:
-            self._progress.pending[block]["training"].append({"window": window.index, "epoch_losses": losses})
+            self._progress.pending[block]["training"].append(told)
 
     @torch.no_grad()
     def _dense_outputs(

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from reprune import RESULTS_VERSION
 from reprune.cache import cached_folder
 from reprune.calibration.source import TextSet
@@ -14,6 +17,9 @@ from reprune.errors import RunError
 from reprune.evaluation.contract import Evaluator, OnProgress
 from reprune.files import read_json, sha256_of_json, write_json
 from reprune.model.loading import LoadedModel
+
+LIBRARIES = [torch.__version__, transformers.__version__]
+"""Part of a cache key: another version may give other last digits, or other kernels."""
 
 Report = Callable[[str], OnProgress]
 
@@ -45,6 +51,7 @@ def dense_metrics(model: LoadedModel, entry: SuiteEntry, report: Report) -> dict
         "dtype": str(model.plan.dtype),
         "device": model.plan.kind,
         "threads": model.plan.num_threads,
+        "made_with": LIBRARIES,
     }
 
     def write(folder: Path) -> None:

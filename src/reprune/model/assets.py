@@ -52,7 +52,7 @@ class Wheel:
         except RunError as error:
             raise ConfigError(
                 key,
-                f"the wheel {self.package} {self.version} is neither in the cache nor to be had from the index",
+                f"the wheel {self.package} {self.version} is neither in the cache nor to be had: {error}",
                 hint="run 'python -m reprune.fetch' once while a package index is within reach",
             ) from error
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from reprune.cache import cached_folder
 from reprune.errors import ConfigError
@@ -53,10 +54,13 @@ def weight_files(folder: Path, key: str, allow_bin: bool) -> WeightFiles:
         raise ConfigError(
             key, "this folder has no config.json", value=folder, accepted="a saved transformers model"
         )
-    safe = tuple(sorted(folder.glob("*.safetensors")))
+    safe = tuple(sorted(folder.glob("model*.safetensors")))
     if safe:
-        return WeightFiles(_complete(folder, safe, key), pickled=False)
-    pickles = tuple(sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]))
+        complete = _complete(folder, safe, key)
+        for path in complete:
+            _check_header(path, key)
+        return WeightFiles(complete, pickled=False)
+    pickles = tuple(sorted(folder.glob("pytorch_model*.bin")))
     if pickles and not allow_bin:
         raise ConfigError(
             key,
@@ -67,7 +71,18 @@ def weight_files(folder: Path, key: str, allow_bin: bool) -> WeightFiles:
         )
     if pickles:
         return WeightFiles(pickles, pickled=True)
-    raise ConfigError(key, "this folder has no weights", value=folder, accepted="*.safetensors")
+    raise ConfigError(key, "this folder has no weights", value=folder, accepted="model*.safetensors")
+
+
+def _check_header(path: Path, key: str) -> None:
+    """A file that was cut off says so in its header's sizes."""
+    try:
+        with safe_open(path, framework="pt") as stream:
+            stream.keys()
+    except SafetensorError as error:
+        raise ConfigError(
+            key, f"{path.name} is damaged or not whole: {error}", value=path, hint="copy or download it again"
+        ) from error
 
 
 def _complete(folder: Path, files: tuple[Path, ...], key: str) -> tuple[Path, ...]:
@@ -116,7 +131,9 @@ def converted_from_pickle(folder: Path, files: WeightFiles) -> Path:
                 (staging / path.name).write_bytes(path.read_bytes())
                 (target / path.name).write_bytes(path.read_bytes())
         write_tensors(staging / "model.safetensors", unshared, {"format": "pt"})
-        model = AutoModelForCausalLM.from_pretrained(staging, dtype="auto", local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            staging, dtype="auto", local_files_only=True, trust_remote_code=False
+        )
         model.save_pretrained(target)
         for path in staging.iterdir():
             path.unlink()

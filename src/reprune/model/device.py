@@ -36,6 +36,13 @@ class DevicePlan:
             return str(torch.cuda.get_device_name(self.device))
         return f"{self.kind}, {self.num_threads} threads"
 
+    def settle(self) -> None:
+        """Make this process compute as the plan says: its threads, full float32 products."""
+        # Only where it differs: setting threads again makes small operations crawl.
+        if torch.get_num_threads() != self.num_threads:
+            torch.set_num_threads(self.num_threads)
+        torch.set_float32_matmul_precision("highest")
+
     def sequences_a_pass(self, length: int) -> int:
         """How many sequences of `length` tokens go through a block at once."""
         return max(1, TOKENS_A_PASS[self.kind] // length)
@@ -103,12 +110,7 @@ def plan_device(
         resolved = torch.float32
     else:
         resolved = checkpoint_dtype
-    # Set once: oversubscribed threads make small operations crawl.
-    count = threads or DEFAULT_THREADS
-    if torch.get_num_threads() != count:
-        torch.set_num_threads(count)
-    torch.set_float32_matmul_precision("highest")
-    return DevicePlan(chosen, resolved, count)
+    return DevicePlan(chosen, resolved, threads or DEFAULT_THREADS)
 
 
 def _device(device: str) -> torch.device:

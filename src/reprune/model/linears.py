@@ -57,7 +57,7 @@ class LinearView:
 
 
 def linears_of(block: nn.Module) -> dict[str, LinearView]:
-    """The prunable linears of a block, in module order; routers of experts are left alone.
+    """The prunable linears of a block, in module order.
 
     Raises ConfigError for experts fused into one parameter: to leave them out in silence would be another sparsity.
     """

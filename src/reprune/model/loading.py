@@ -110,8 +110,15 @@ def skeleton(source: ModelSource) -> tuple[Any, nn.ModuleList]:
     from transformers import AutoModelForCausalLM
 
     config = load_config(source)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    except (ValueError, ImportError, RuntimeError, TypeError) as error:
+        raise ConfigError(
+            "model",
+            f"no causal language model can be made of its config: {_first_line(error).split('<class')[0].strip()}",
+            value=f"{source.name} ({config.model_type})",
+        ) from error
     return model, find_blocks(model, config.get_text_config().num_hidden_layers, source.blocks_path)
 
 
@@ -120,13 +127,21 @@ def load_model(source: ModelSource, tokenizer: Any, plan: DevicePlan) -> LoadedM
     from transformers import AutoModelForCausalLM
 
     folder = source.folder()
-    model = AutoModelForCausalLM.from_pretrained(
+    model, told = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=plan.dtype,
         local_files_only=True,
         use_safetensors=True,
         trust_remote_code=source.trust_remote_code,
+        output_loading_info=True,
     )
+    # transformers fills what is missing with random numbers.
+    wrong = sorted({*told["missing_keys"], *(key[0] for key in told["mismatched_keys"])})
+    if wrong:
+        raise RunError(
+            f"{folder}: {len(wrong)} weights are missing or have another shape than the config says "
+            f"({', '.join(wrong[:3])} …); save the model again with save_pretrained()"
+        )
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -85,11 +85,11 @@ class HubModel:
     blocks_path: str | None = None
     trust_remote_code: bool = False
 
-    def _snapshot(self, patterns: list[str]) -> Path:
+    def _snapshot(self, patterns: list[str], revision: str) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(self.repository, revision=self.revision, allow_patterns=patterns))
+            return Path(snapshot_download(self.repository, revision=revision, allow_patterns=patterns))
         except (OSError, ValueError) as error:
             offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -106,13 +106,26 @@ class HubModel:
 
     def description(self) -> Path:
         """Config and tokenizer files only."""
-        return self._snapshot(["*.json", "*.txt", "*.model", "*.jinja"])
+        return self._snapshot(["*.json", "*.txt", "*.model", "*.jinja"], self.revision)
 
     def folder(self) -> Path:
         """The whole snapshot; `.bin` weights are converted once if `allow_bin`."""
         patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
-        snapshot = self._snapshot([*patterns, "pytorch_model*.bin"] if self.allow_bin else patterns)
-        files = weight_files(snapshot, "model.repository", self.allow_bin)
+        # By the commit that the run's identity names: a branch may move meanwhile.
+        commit = self.description().name
+        snapshot = self._snapshot([*patterns, "pytorch_model*.bin"] if self.allow_bin else patterns, commit)
+        try:
+            files = weight_files(snapshot, "model.repository", self.allow_bin)
+        except ConfigError as error:
+            if self.allow_bin:
+                raise
+            raise ConfigError(
+                "model.repository",
+                error.problem,
+                value=self.repository,
+                accepted=error.accepted,
+                hint="if the repository has pickled weights only, model.allow_bin=true converts them, as tensors only",
+            ) from error
         return converted_from_pickle(snapshot, files) if files.pickled else snapshot
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reprune.cache import cached_folder
-from reprune.errors import require_positive
+from reprune.errors import ConfigError, did_you_mean, require_positive
 
 NUM_SPECIAL = 2
 
@@ -28,7 +28,19 @@ class TinyModel:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
         require_positive(num_blocks=self.num_blocks, hidden_size=self.hidden_size)
+        if self.hidden_size % 8:
+            raise ConfigError("hidden_size", "must divide by 8", value=self.hidden_size)
+        if self.architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise ConfigError(
+                "architecture",
+                "transformers knows no such causal language model",
+                value=self.architecture,
+                accepted="llama, opt, gpt2, … (a transformers model type)",
+                hint=did_you_mean(self.architecture, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+            )
 
     def identity(self) -> dict[str, Any]:
         """The recipe."""
@@ -73,7 +85,15 @@ class TinyModel:
         config = AutoConfig.for_model(self.architecture, **{**sizes, **self.config})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.weights_seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            try:
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            except (ValueError, TypeError) as error:
+                problem = (str(error).splitlines() or ["its config is refused"])[0][:200]
+                raise ConfigError(
+                    "model.architecture",
+                    f"no causal language model can be made: {problem}",
+                    value=self.architecture,
+                ) from error
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
 

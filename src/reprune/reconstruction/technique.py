@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 from reprune.errors import ConfigError, require_nonnegative, require_option, require_positive
+
+LR_SCHEDULES = ("linear", "cosine", "constant")
+"""Those of transformers.get_scheduler that need nothing but the number of steps."""
 
 Chain = Literal["sparse", "dense"]
 
@@ -37,8 +41,6 @@ class Technique:
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        from transformers.trainer_utils import SchedulerType
-
         from reprune.reconstruction.losses import LOSSES
         from reprune.reconstruction.trainable import TRAINABLE
 
@@ -56,11 +58,13 @@ class Technique:
                 f"larger than the window of {self.window}: blocks would be left out",
                 value=self.stride,
             )
+        if not isfinite(self.learning_rate):
+            raise ConfigError("learning_rate", "must be a finite number", value=self.learning_rate)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError("betas", "two numbers in [0, 1) are needed", value=list(self.betas))
         require_option("trainable", self.trainable, TRAINABLE)
         require_option("loss", self.loss, LOSSES)
-        require_option("lr_schedule", self.lr_schedule, [kind.value for kind in SchedulerType])
+        require_option("lr_schedule", self.lr_schedule, LR_SCHEDULES)
 
     @property
     def trains(self) -> bool:

@@ -65,6 +65,6 @@ def _show(frame: pd.DataFrame, places: list[Path], out: Path, svg: Path | None) 
         ("run folders", ", ".join(map(str, places))),
         ("tables", out / "arms.csv"),
         ("plot", out / "error_by_block.png"),
-        ("W&B files", f"{places[0]}/*/wandb  (send them with: wandb sync --sync-all)"),
+        ("W&B files", f"{places[0]}/*/wandb  (send them with: wandb sync {places[0]}/*/wandb/offline-run-*)"),
     ):
         CONSOLE.print(f"{name:<12} {path}", highlight=False, markup=False)

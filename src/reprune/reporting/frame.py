@@ -13,7 +13,8 @@ from reprune.run_folder import RunFolder
 
 def run_folders(*places: Path) -> list[RunFolder]:
     """Every run folder at or below the given places, in the order of their first write."""
-    found = {path.parent for place in places for path in place.rglob("status.json")}
+    found = {path.parent for place in places for path in place.rglob("config.yaml")}
+    found = {folder for folder in found if (folder / "status.json").is_file()}
     return [
         RunFolder(path)
         for path in sorted(found, key=lambda path: ((path / "config.yaml").stat().st_mtime, path))
