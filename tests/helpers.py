@@ -85,3 +85,10 @@ def wandb_records(folder: Path) -> list[dict[str, Any]]:
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     return [json.loads(line) for line in told.stdout.splitlines()]
+
+
+def timeless(value: Any) -> Any:
+    """The same without seconds, the one thing that two runs may differ in."""
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key != "seconds"}
+    return [timeless(item) for item in value] if isinstance(value, list) else value

@@ -24,6 +24,7 @@ from helpers import (
     plan_of,
     run_tiny,
     state_bytes,
+    timeless,
     wandb_records,
     write_documents,
 )
@@ -57,15 +58,8 @@ class Outcome:
 
 
 def _outcome(plan: RunPlan, result: dict[str, Any]) -> Outcome:
-    rows: list[dict[str, Any]] = _timeless(plan.folder.blocks())
+    rows: list[dict[str, Any]] = timeless(plan.folder.blocks())
     return Outcome(state_bytes(plan.folder.path), rows, result["metrics"], result["sparsity"])
-
-
-def _timeless(value: Any) -> Any:
-    """The same without seconds, the one thing that two runs may differ in."""
-    if isinstance(value, dict):
-        return {key: _timeless(item) for key, item in value.items() if key != "seconds"}
-    return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 
 @pytest.fixture(autouse=True)
