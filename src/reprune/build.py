@@ -87,7 +87,7 @@ def _import(target: str, key: str) -> Any:
     module, _, name = target.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, NameError, SyntaxError, TypeError) as error:
         raise ConfigError(
             f"{key}._target_", f"cannot be imported: {error}", value=target, accepted="package.module.Class"
         ) from error

@@ -28,7 +28,10 @@ def results(*places: Path | str) -> pd.DataFrame:
     """
     frame = pd.DataFrame([_row(folder) for folder in run_folders(*map(Path, places))])
     if "label" in frame:
-        # Several runs of one arm (seeds, other settings) are told apart by the beginning of their hash.
+        # Runs of one technique are told apart by their pruner and pattern; then by the beginning of their hash.
+        for column in ("choice/pruner", "choice/pattern"):
+            if frame[column].nunique() > 1:
+                frame["label"] = frame[column].str.cat(frame["label"], sep=" ")
         twice = frame["label"].duplicated(keep=False) & frame["label"].notna()
         frame.loc[twice, "label"] += " " + frame.loc[twice, "config_hash"].str[:5]
     return frame

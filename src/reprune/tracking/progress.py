@@ -30,7 +30,7 @@ def configure_logging() -> None:
         return
     if CONSOLE.is_terminal:
         handler: logging.Handler = RichHandler(
-            console=CONSOLE, show_level=False, show_path=False, markup=False
+            console=CONSOLE, show_level=False, show_path=False, markup=False, log_time_format="%H:%M:%S"
         )
     else:
         handler = logging.StreamHandler(sys.stdout)
