@@ -28,7 +28,9 @@ from reprune.pruning.magnitude import Magnitude
 from reprune.reconstruction.technique import Technique
 from reprune.resources import StageMeter
 from reprune.seeding import generator
+from reprune.sparsity.one_shot import OneShot
 from reprune.sparsity.patterns import Pattern, Unstructured
+from reprune.sparsity.schedule import Schedule
 
 CONF = config_root() / "conf"
 CPU = torch.device("cpu")
@@ -55,6 +57,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mpt": {},
     "stablelm": {},
     "starcoder2": {"sliding_window": 4},
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 32},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16},
+    "gpt_oss": {
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 16,
+        "sliding_window": 4,
+    },
 }
 MIXED_ATTENTION = ("qwen2", "gemma2", "gemma3_text")
 
@@ -124,12 +136,19 @@ def block_loop(
     pattern: Pattern | None = None,
     sparsity: float = 0.5,
     technique: Technique | None = None,
+    schedule: Schedule | None = None,
+    targets: Sequence[str] | None = None,
     seed: int = 0,
     on_disk: bool = False,
 ) -> BlockLoop:
     """A block loop over `model` whose state lies in `folder`; by default magnitude at 50 %, no reconstruction."""
-    names = [f"{index}.{name}" for index, linears in enumerate(model.linears) for name in linears]
-    plan = PruningPlan(pruner or Magnitude(), pattern or Unstructured(), dict.fromkeys(names, sparsity), seed)
+    every = [f"{index}.{name}" for index, linears in enumerate(model.linears) for name in linears]
+    names = every if targets is None else targets
+    schedule = schedule or OneShot()
+    rounds = [dict.fromkeys(names, step) for step in schedule.steps(sparsity)]
+    plan = PruningPlan(
+        pruner or Magnitude(), pattern or Unstructured(), rounds, seed, schedule.masks, schedule.reconstruct
+    )
     hidden_size = model.model.config.get_text_config().hidden_size
     return BlockLoop(
         model=model,

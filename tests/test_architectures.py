@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from conftest import MakeModel
 from reprune.engine.activations import Stores
 from reprune.engine.chains import Chains
-from reprune.errors import ConfigError, RunError
+from reprune.errors import RunError
 from reprune.model import device
 from reprune.model.blocks import same_calls
 from reprune.model.loading import LoadedModel
@@ -36,14 +36,18 @@ from support import (
 EVERY = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 
 
-def _prunable(model: LoadedModel) -> dict[str, nn.Module]:
-    """Linear layers of the blocks, found without the package's own code: two-dimensional weights of the blocks."""
+ROUTERS = ("mlp.gate.weight", "mlp.router.weight")
+
+
+def _prunable(model: LoadedModel) -> dict[str, torch.Tensor]:
+    """Prunable weights, found without the package's own code: matrices of the blocks, and those stacked in a third dimension."""
     found = {}
     for index, block in enumerate(model.blocks):
-        for name, module in block.named_modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, nn.Parameter) and weight.dim() == 2:
-                found[f"{index}.{name}"] = module
+        for name, parameter in block.named_parameters():
+            if parameter.dim() == 3:
+                found |= {f"{index}.{name}.{expert}": weight for expert, weight in enumerate(parameter)}
+            elif parameter.dim() == 2 and name.endswith(".weight") and name not in ROUTERS:
+                found[f"{index}.{name.removesuffix('.weight')}"] = parameter
     return found
 
 
@@ -102,18 +106,19 @@ def test_every_layer_of_every_block_has_the_planned_count(
         rows, masks = block_loop(
             model, tmp_path / type(pattern).__name__, pruner=pruner, pattern=pattern, sparsity=0.5
         ).run()
-        linears = _prunable(model)
+        weights = _prunable(model)
         reported = {f"{row['block']}.{name}": layer for row in rows for name, layer in row["layers"].items()}
-        assert set(reported) == set(linears)
-        for name, module in linears.items():
+        assert set(reported) == set(weights)
+        for name, weight in weights.items():
             index, _, layer = name.partition(".")
-            zeros = module.weight == 0
-            assert int(zeros.sum()) == module.weight.numel() // 2, name
+            zeros = weight == 0
+            assert int(zeros.sum()) == weight.numel() // 2, name
             assert torch.equal(zeros, ~masks[int(index)][layer]), name
-            assert reported[name]["removed"] == module.weight.numel() // 2
+            assert reported[name]["removed"] == weight.numel() // 2
             assert reported[name]["measured"] == reported[name]["planned"] == 0.5
-        ours = {id(module.weight) for module in linears.values()}
-        pruned = {name for name, tensor in model.model.named_parameters() if id(tensor) in ours}
+        ours = {weight.untyped_storage().data_ptr() for weight in weights.values()}
+        parameters = dict(model.model.named_parameters())
+        pruned = {name for name, own in parameters.items() if own.untyped_storage().data_ptr() in ours}
         assert changed(before, model.model) == pruned
 
 
@@ -156,7 +161,7 @@ def _owns(model: LoadedModel, name: str, block: nn.Module) -> bool:
 def _masked_are_zero(model: LoadedModel, masks: dict[int, dict[str, torch.Tensor]]) -> None:
     for index, layers in masks.items():
         for name, keep in layers.items():
-            weight = model.blocks[index].get_submodule(name).weight
+            weight = model.linears[index][name].stored
             assert not weight[~keep].any()
             assert int((~keep).sum()) == weight.numel() // 2
 
@@ -178,13 +183,6 @@ def test_half_precision_keeps_every_dtype(make_model: MakeModel, tmp_path: Path,
     for row in rows:
         (training,) = row["training"]
         assert training["epoch_losses"][-1] < training["epoch_losses"][0]
-
-
-def test_fused_experts_are_refused(make_model: MakeModel) -> None:
-    """Catches a mixture of experts of which only the attention is pruned, reported as pruned to the target."""
-    model = make_model("mixtral", num_blocks=1, num_local_experts=2)
-    with pytest.raises(ConfigError, match=r"experts[^\n]*fused[\s\S]*mlp\.experts"):
-        _ = model.linears
 
 
 def test_blocks_behind_a_wrong_path_are_refused(make_model: MakeModel) -> None:

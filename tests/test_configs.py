@@ -32,7 +32,11 @@ SWEEPS = sorted(
     for path in (ROOT / "sweeps").rglob("*.yaml")
     if "wandb" not in path.parts
 )
-VALUES = {("model", "local", "path"): "a_folder", ("calibration", "tokens", "path"): "tokens.safetensors"}
+VALUES = {
+    ("model", "local", "path"): "a_folder",
+    ("calibration", "tokens", "path"): "tokens.safetensors",
+    ("pruner", "mask", "path"): "masks.safetensors",
+}
 """What options with keys that have to be set are given here."""
 
 

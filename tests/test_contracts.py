@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,15 +12,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reprune.pruning.contract import LayerContext, Pruned, Pruner
+from reprune.cache import cache_root
+from reprune.files import write_tensors
+from reprune.pruning.contract import LayerContext, LayerShape, Pruned, Pruner
+from reprune.sparsity.patterns import Group, Pattern
 from support import layer_context, option, options
 
 ROWS, COLUMNS = 8, 160
 DEAD = [0, 1, 70, 159]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
+GIVEN = {"mask": {"path": "mask.safetensors"}}
+"""Keys that have to be set, by pruner."""
+
 EVERY_PRUNER = pytest.mark.parametrize("pruner_name", options("pruner"))
 EVERY_PATTERN = pytest.mark.parametrize("pattern_name", options("pattern"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What methods keep in the cache stays out of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def _layer(
@@ -36,8 +52,19 @@ def _layer(
 def _prune(pruner_name: str, pattern_name: str, layer: LayerContext, sparsity: float | None = None) -> Pruned:
     """With a pruner built anew, so that nothing is carried over from another layer."""
     pattern = option("pattern", pattern_name)
-    pruner: Pruner = option("pruner", pruner_name)
-    return pruner.prune(layer, pattern, pattern.resolve(sparsity))
+    sparsity = pattern.resolve(sparsity)
+    given = {key: str(_mask_file(pattern, sparsity)) for key in GIVEN.get(pruner_name, {})}
+    pruner: Pruner = option("pruner", pruner_name, **given)
+    pruner.brings({"0.layer": LayerShape((ROWS, COLUMNS))}, pattern, ["0.layer"])
+    return pruner.prune(layer, pattern, sparsity)
+
+
+def _mask_file(pattern: Pattern, sparsity: float) -> Path:
+    """A mask of the pattern at that sparsity, for the methods that bring one."""
+    path = cache_root() / "mask.safetensors"
+    scores = torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
+    write_tensors(path, {"0.layer": pattern.keep(scores, sparsity, Group.MATRIX)})
+    return path
 
 
 def _check(pruned: Pruned, layer: LayerContext, pruner_name: str, pattern_name: str, sparsity: float) -> None:
@@ -48,7 +75,7 @@ def _check(pruned: Pruned, layer: LayerContext, pruner_name: str, pattern_name: 
     assert weight.dtype == layer.weight.dtype
     assert bool(torch.isfinite(weight).all())
     assert not weight[~keep].any()
-    if not option("pruner", pruner_name).needs.prunes:
+    if not option("pruner", pruner_name, **GIVEN.get(pruner_name, {})).needs.prunes:
         assert bool(keep.all())
         assert torch.equal(weight, layer.weight)
         return
@@ -117,8 +144,6 @@ def test_nothing_is_changed_in_place(pruner_name: str, pattern_name: str, transp
 )
 def test_patterns_keep_exactly_their_share(pattern_name: str, scores: Tensor) -> None:
     """Catches a pattern whose count depends on the scores."""
-    from reprune.sparsity.patterns import Group
-
     pattern = option("pattern", pattern_name)
     sparsity = pattern.resolve(None)
     for within in Group:

@@ -16,15 +16,18 @@ from torch import Tensor
 
 from conftest import MakeModel
 from helpers import timeless
-from reprune.engine import loop as loop_module
+from reprune.engine import fitting
 from reprune.engine.activations import Activations
 from reprune.engine.loop import BlockLoop
 from reprune.errors import ConfigError, RunError
 from reprune.model.loading import LoadedModel
 from reprune.pruning.sparsegpt import SparseGPT
 from reprune.pruning.wanda import Wanda
-from reprune.reconstruction.gradient import Pairs, check_lengths, reconstruct
+from reprune.reconstruction.gradient import Course, in_float32, train
 from reprune.reconstruction.losses import cosine, mse, relative_mse
+from reprune.reconstruction.objective import Pairs, WindowObjective, check_lengths
+from reprune.reconstruction.technique import Technique
+from reprune.reconstruction.trainable import choose
 from reprune.seeding import generator
 from support import block_loop, block_outputs, changed, options, preset, some_texts, state_of, trained_preset
 
@@ -34,7 +37,7 @@ TECHNIQUES = ["none", "br", "br_gp", "br_gp_cr"]
 
 @dataclass
 class _Watched:
-    """What `reconstruct` was given and left behind, window after window."""
+    """What `train` was given and left behind, window after window."""
 
     blocks: list[range] = field(default_factory=list)
     before: list[State] = field(default_factory=list)
@@ -45,20 +48,30 @@ class _Watched:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> _Watched:
-    """The real `reconstruct`, with everything it sees copied."""
+    """The real `train`, with everything it sees copied."""
     seen = _Watched()
 
-    def watch(model: LoadedModel, blocks: range, masks: Any, pairs: Pairs, *rest: Any) -> list[float]:
-        seen.blocks.append(blocks)
+    def watch(objective: WindowObjective, *rest: Any) -> Course:
+        model = objective.model
+        seen.blocks.append(objective.blocks)
         seen.before.append(state_of(model.model))
-        seen.inputs.append([store.states_NTH.clone() for store in pairs.inputs])
-        seen.targets.append([store.states_NTH.clone() for store in pairs.targets])
-        losses = reconstruct(model, blocks, masks, pairs, *rest)
+        seen.inputs.append([store.states_NTH.clone() for store in objective.pairs.inputs])
+        seen.targets.append([store.states_NTH.clone() for store in objective.pairs.targets])
+        course = train(objective, *rest)
         seen.after.append(state_of(model.model))
-        return losses
+        return course
 
-    monkeypatch.setattr(loop_module, "reconstruct", watch)
+    monkeypatch.setattr(fitting, "train", watch)
     return seen
+
+
+def _fit_block(model: LoadedModel, masks: Mapping[str, Tensor], pairs: Pairs, technique: Technique) -> None:
+    """Train block 0 on some pairs."""
+    objective = WindowObjective(model, range(1), pairs, technique.loss, technique.token_weight)
+    objective.record_calls(technique.batch_size)
+    with in_float32(model.plan, [model.blocks[0]]):
+        block = choose(0, model.blocks[0], model.linears[0], masks, technique.trainable, None)
+        train(objective, None, [block], technique, generator(0, "order"), lambda: None, "block 0")
 
 
 def _with(model: LoadedModel, state: Mapping[str, Tensor]) -> LoadedModel:
@@ -263,7 +276,7 @@ def _one_step(make_model: MakeModel, clip_norm: float | None, rate: float = 1.0)
         lr_schedule="constant", clip_norm=clip_norm,
     )  # fmt: skip
     pairs = Pairs([_store(inputs)], [_store(target)])
-    reconstruct(model, range(1), {0: masks}, pairs, technique, generator(0, "order"), lambda: None)
+    _fit_block(model, masks, pairs, technique)
     after = state_of(block)
     change = {name: after[name] - before[name] for name in gradient}
     return _Step(change, gradient, masks)
@@ -370,7 +383,7 @@ def test_a_block_without_anything_to_train_is_an_error(make_model: MakeModel, tm
     model = make_model("llama", num_blocks=1)
     model.blocks[0].input_layernorm = torch.nn.Identity()
     model.blocks[0].post_attention_layernorm = torch.nn.Identity()
-    with pytest.raises(RunError, match=r"blocks 0.*bias_norm"):
+    with pytest.raises(RunError, match=r"block 0.*bias_norm"):
         block_loop(model, tmp_path, technique=trained_preset("br_gp", trainable="bias_norm")).run()
 
 
@@ -382,9 +395,7 @@ def test_weights_that_are_zero_but_kept_are_trained(make_model: MakeModel) -> No
     weight = model.blocks[0].mlp.up_proj.weight
     weight[:4] = 0
     masks = {name: torch.ones(view.shape, dtype=torch.bool) for name, view in model.linears[0].items()}
-    reconstruct(
-        model, range(1), {0: masks}, pairs, trained_preset("br_gp"), generator(0, "order"), lambda: None
-    )
+    _fit_block(model, masks, pairs, trained_preset("br_gp"))
     assert weight[:4].all()
 
 
@@ -392,9 +403,9 @@ def test_losses_by_hand() -> None:
     """Catches means over the wrong axis."""
     student = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
     target = torch.tensor([[[1.0, 1.0], [3.0, 0.0]]])
-    assert float(mse(student, target)) == pytest.approx((0 + 1 + 9 + 4) / 4)
-    assert float(relative_mse(student, target)) == pytest.approx((1 / 2 + 13 / 9) / 2)
-    assert float(cosine(student, target)) == pytest.approx(((1 - 1 / math.sqrt(2)) + 1) / 2)
+    assert float(mse(student, target).mean()) == pytest.approx((0 + 1 + 9 + 4) / 4)
+    assert float(relative_mse(student, target).mean()) == pytest.approx((1 / 2 + 13 / 9) / 2)
+    assert float(cosine(student, target).mean()) == pytest.approx(((1 - 1 / math.sqrt(2)) + 1) / 2)
 
 
 @pytest.mark.parametrize("loss", ["mse", "relative_mse", "cosine"])

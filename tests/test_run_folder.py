@@ -129,8 +129,8 @@ def test_new_evaluation_needs_no_pruning(tmp_path: Path, text: Path, monkeypatch
     plan, first = run_tiny(tmp_path)
     before = state_bytes(plan.folder.path)
     assert not any(name.startswith("eval/") for name in first["metrics"])
-    monkeypatch.setattr(loop, "prune_block", _forbidden)
-    monkeypatch.setattr(loop, "reconstruct", _forbidden)
+    monkeypatch.setattr(loop.BlockPruning, "run", _forbidden)
+    monkeypatch.setattr(loop.Fit, "run", _forbidden)
     again, second = run_tiny(tmp_path, *perplexity_on(mine=text))
     assert again.folder.path == plan.folder.path
     assert set(second["metrics"]) - set(first["metrics"]) == {
@@ -318,7 +318,7 @@ def test_result_and_rows_are_complete(tmp_path: Path, text: Path) -> None:
     }
     names |= {"eval/dense/perplexity/mine", "eval/pruned/perplexity/mine"}
     assert set(result["metrics"]) == names
-    assert set(result["sparsity"]["layers"]) == set(plan.layer_sparsity)
+    assert set(result["sparsity"]["layers"]) == set(plan.rounds[-1])
     assert result["sparsity"]["total"] == pytest.approx(0.5, abs=1e-3)
     assert set(result["seconds"]) == set(result["peak_memory_bytes"])
     assert min(result["peak_memory_bytes"].values()) > 10 * 2**20

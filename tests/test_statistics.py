@@ -20,9 +20,7 @@ from reprune.engine.statistics import InputStatistics, collecting
 from reprune.model import device
 from reprune.model.linears import linears_of
 from reprune.model.loading import LoadedModel
-from reprune.pruning.sparsegpt import SparseGPT
-from reprune.pruning.wanda import Wanda
-from support import block_loop, random_text
+from support import random_text
 
 
 @given(st.lists(st.integers(1, 40), max_size=5), st.integers(0, 1000))
@@ -76,9 +74,8 @@ def test_any_count_of_samples_in_any_batches(
         mask=[random_text("long", num_sequences=num_samples, length=6), random_text("short", length=2)]
     )
     monkeypatch.setitem(device.TOKENS_A_PASS, "cpu", batch * 6)
-    pruning = block_loop(model, tmp_path, texts=texts, pruner=SparseGPT()).pruning
     chains = Chains(model, texts.all, Stores(torch.float32, 32, tmp_path, on_disk=False))
-    found = collect(pruning, chains, 0, chains.pruned, texts.mask)
+    found = collect(chains, 0, chains.pruned, texts.mask, model.linears[0], True)
     for name, inputs in _inputs_of_linears(model, texts).items():
         statistics = found[name]
         assert statistics.num_tokens == 6 * num_samples + 2 * 6
@@ -94,10 +91,8 @@ def test_layers_with_one_input_share_one_accumulator(
     """Catches a Gram and a factorisation for each of q, k and v; and sharing with a layer that sees something else."""
     model = make_model("llama", num_blocks=1)
     texts = Texts(mask=[random_text("mask")])
-    pruner = SparseGPT() if with_gram else Wanda()
-    pruning = block_loop(model, tmp_path, texts=texts, pruner=pruner).pruning
     chains = Chains(model, texts.all, Stores(torch.float32, 32, tmp_path, on_disk=False))
-    found = collect(pruning, chains, 0, chains.pruned, texts.mask)
+    found = collect(chains, 0, chains.pruned, texts.mask, model.linears[0], with_gram)
     attention = [found[f"self_attn.{name}_proj"] for name in ("q", "k", "v")]
     assert attention[0] is attention[1] is attention[2]
     assert found["mlp.gate_proj"] is found["mlp.up_proj"]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from reprune import RESULTS_VERSION
@@ -26,31 +24,17 @@ from reprune.errors import ConfigError, require_nonnegative
 from reprune.evaluation.suite import SuiteEntry
 from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan, plan_device
-from reprune.model.linears import linears_of
-from reprune.model.loading import load_config, load_tokenizer, skeleton
+from reprune.model.loading import load_config, load_tokenizer
 from reprune.pruning.contract import Pruner
-from reprune.reconstruction.gradient import check_lengths
+from reprune.reconstruction.objective import check_lengths
 from reprune.reconstruction.technique import Technique
 from reprune.run_folder import RunFolder, config_hash
+from reprune.shapes import Shapes, Sizes, check_room, existing, shapes_of, sizes_of
+from reprune.sparsity.allocation import Allocation
 from reprune.sparsity.patterns import Pattern, Unstructured
+from reprune.sparsity.schedule import Schedule
+from reprune.sparsity.uniform import Uniform
 from reprune.tracking.contract import Tracking
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What the plan knows of a model without its weights."""
-
-    num_blocks: int
-    hidden_size: int
-    num_parameters: int
-    num_block_parameters: int
-    linears: dict[str, tuple[int, int]]
-    max_length: int | None
-
-    @property
-    def num_weights(self) -> dict[str, int]:
-        """Weights by layer."""
-        return {name: rows * columns for name, (rows, columns) in self.linears.items()}
 
 
 @dataclass(frozen=True)
@@ -65,7 +49,8 @@ class RunPlan:
     pruner: Pruner
     pattern: Pattern
     sparsity: float
-    layer_sparsity: dict[str, float]
+    rounds: list[dict[str, float]]
+    schedule: Schedule
     technique: Technique
     requests: list[Request]
     suite: list[SuiteEntry]
@@ -74,19 +59,12 @@ class RunPlan:
     identity: dict[str, Any]
     seed_data: int
     seed_training: int
-    memory_bytes: int
-    disk_bytes: int
-    activation_bytes: int
+    sizes: Sizes
 
     @property
     def config(self) -> dict[str, Any]:
         """The composed config as plain data."""
         return self.composed.config
-
-    @property
-    def activations_on_disk(self) -> bool:
-        """Whether activations are too large to rest in memory beside the model."""
-        return self.activation_bytes > psutil.virtual_memory().available // 2
 
     def texts(self, model: Any) -> Texts:
         """All texts of the run; those that the model writes need it."""
@@ -139,17 +117,28 @@ def check(composed: Composed) -> RunPlan:
     _check_writable(Path(config["output_dir"]))
     device = plan_device(config["device"], config["dtype"], _dtype_of(source), config["threads"])
     tokenizer = load_tokenizer(source)
-    shapes = _shapes(source)
+    shapes = shapes_of(source, config["targets"], config["target_blocks"])
     windows_over(shapes.num_blocks, technique.window, technique.stride)
+    _check_experts(technique, shapes)
     if pruner.needs.prunes:
         pruner.check(pattern)
-        for name, shape in shapes.linears.items():
-            pattern.check_shape(name, shape)
-    layer_sparsity = allocation.allocate(shapes.num_weights, schedule.steps(sparsity)[-1])
+        for name, layer in shapes.target_layers.items():
+            pattern.check_shape(name, layer.shape)
+    brought = pruner.brings(shapes.target_layers, pattern, known=shapes.layers)
+    if brought is not None:
+        _check_nothing_else_decides(config["sparsity"], allocation, schedule)
+        sparsity = _total(brought, shapes.num_weights)
+        rounds = [dict(brought)]
+    else:
+        steps = list(schedule.steps(sparsity)) if pruner.needs.prunes else [sparsity]
+        if len(steps) > 1:
+            pattern.check_steps(steps)
+        rounds = [allocation.allocate(shapes.num_weights, step) for step in steps]
     requests = requests_of(mask_data, reconstruction_data, validation, probes)
     for request in requests:
         request.source.check(request.key)
         resolve_bos(request.source.bos, tokenizer, request.key)
+    _check_stop_on(technique, requests)
     suite = [
         SuiteEntry(name, evaluator, evaluator.cut(tokenizer, f"evaluation.{name}"))
         for name, evaluator in evaluators.items()
@@ -169,7 +158,8 @@ def check(composed: Composed) -> RunPlan:
         "pattern": _canonical(pattern),
         "allocation": _canonical(allocation),
         "schedule": _canonical(schedule),
-        "technique": _canonical(technique) if technique.trains else None,
+        "technique": _technique_identity(technique),
+        "targets": shapes.targets if len(shapes.targets) < len(shapes.layers) else "all",
         "sparsity": sparsity,
         "seeds": [seed_data, seed_training],
         "dtype": str(device.dtype),
@@ -188,13 +178,14 @@ def check(composed: Composed) -> RunPlan:
                 key, "longer than the model's context", value=length, accepted=f"at most {shapes.max_length}"
             )
     texts, waiting = cut_all(requests, tokenizer, None, seed_data)
-    activations = _activation_bytes(texts, waiting, shapes, technique, device)
-    memory, disk = _sizes(shapes, technique, device, activations, config)
+    exports = config["export"]["model"]
+    sizes = sizes_of(texts, waiting, shapes, technique, device, len(rounds), exports)
     plan = RunPlan(
-        composed, source, tokenizer, device, shapes, pruner, pattern, sparsity, layer_sparsity, technique, requests,
-        suite, tracking, folder, identity, seed_data, seed_training, memory, disk, activations,
+        composed, source, tokenizer, device, shapes, pruner, pattern, sparsity, rounds, schedule, technique, requests,
+        suite, tracking, folder, identity, seed_data, seed_training, sizes,
     )  # fmt: skip
-    _check_room(plan)
+    if not folder.finished:
+        check_room(sizes, Path(config["output_dir"]), source.name)
     plan.check_texts(texts)
     return plan
 
@@ -207,32 +198,73 @@ def _built(config: Mapping[str, Any], group: str, where: Mapping[str, str]) -> d
 def _canonical(built: object) -> dict[str, Any]:
     assert is_dataclass(built)
     assert not isinstance(built, type)
-    return {"class": type(built).__qualname__, **asdict(built)}
+    identity = getattr(built, "identity", None)
+    return {"class": type(built).__qualname__, **(asdict(built) if identity is None else identity())}
+
+
+def _total(layer_sparsity: Mapping[str, float], num_weights: Mapping[str, int]) -> float:
+    removed = sum(share * num_weights[name] for name, share in layer_sparsity.items())
+    return removed / sum(num_weights[name] for name in layer_sparsity)
+
+
+def _check_nothing_else_decides(sparsity: float | None, allocation: Allocation, schedule: Schedule) -> None:
+    """ConfigError for choices that masks which are there already leave nothing to decide for."""
+    problem = "the pruner brings its own masks, which nothing else decides"
+    if sparsity is not None:
+        raise ConfigError("sparsity", problem, value=sparsity, accepted="null", hint="sparsity=null")
+    if not isinstance(allocation, Uniform):
+        raise ConfigError("allocation", problem, value=type(allocation).__name__, accepted="uniform")
+    if len(schedule.steps(0.5)) > 1:
+        raise ConfigError("schedule", problem, value=type(schedule).__name__, accepted="one_shot")
+
+
+def _technique_identity(technique: Technique) -> dict[str, Any]:
+    """What of a technique changes a number: all of it where it trains, else what layers are pruned and solved with."""
+    fields = _canonical(technique)
+    if technique.trains:
+        return fields
+    names = ["statistics_chain", "within_block", "layerwise"]
+    names += ["input_chain", "target_chain"] if technique.layerwise is not None else []
+    return {name: fields[name] for name in names}
+
+
+def _check_experts(technique: Technique, shapes: Shapes) -> None:
+    """ConfigError for least squares between two chains that send a token to different experts."""
+    if technique.layerwise is None or technique.target_chain == "sparse" or technique.input_chain == "dense":
+        return
+    experts = [name for name, layer in shapes.target_layers.items() if layer.expert]
+    if experts:
+        raise ConfigError(
+            "reconstruction.target_chain",
+            f"{experts[0]} is an expert: the dense and the pruned chain send it different tokens, so that least squares "
+            "has no pairs to go by",
+            value=technique.target_chain,
+            accepted="sparse, for least squares of experts",
+            hint="reconstruction.target_chain=sparse, or targets=attention",
+        )
+
+
+def _check_stop_on(technique: Technique, requests: list[Request]) -> None:
+    """ConfigError unless `stop_on` names a validation text: what a choice is made on can be no probe."""
+    if technique.stop_on is None:
+        return
+    names = [request.name for request in requests if request.use == "validation"]
+    if technique.stop_on in names:
+        return
+    elsewhere = [request.use for request in requests if request.name == technique.stop_on]
+    known = f"this is a text for {elsewhere[0]}" if elsewhere else "no validation text has this name"
+    raise ConfigError(
+        "reconstruction.stop_on",
+        f"{known}; text that a choice is made on must be validation text",
+        value=technique.stop_on,
+        accepted=names or "the name of a validation text; there is none yet",
+        hint=f"+calibration@validation.{technique.stop_on}=web reconstruction.stop_on={technique.stop_on}",
+    )
 
 
 def _dtype_of(source: ModelSource) -> torch.dtype | None:
     dtype = getattr(load_config(source), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
-
-
-def _shapes(source: ModelSource) -> Shapes:
-    model, blocks = skeleton(source)
-    hidden = model.config.get_text_config().hidden_size
-    linears = {
-        f"{index}.{name}": view.shape
-        for index, block in enumerate(blocks)
-        for name, view in linears_of(block).items()
-    }
-    if not linears:
-        raise ConfigError("model", "its blocks have no linear layers that can be pruned", value=source.name)
-    return Shapes(
-        num_blocks=len(blocks),
-        hidden_size=int(hidden),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        num_block_parameters=sum(parameter.numel() for parameter in blocks.parameters()),
-        linears=linears,
-        max_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
-    )
 
 
 def _label(composed: Composed, source: ModelSource) -> str:
@@ -241,65 +273,9 @@ def _label(composed: Composed, source: ModelSource) -> str:
     return "-".join([source.name, choices.get("pruner", "pruner"), technique])
 
 
-def _activation_bytes(
-    texts: Texts, waiting: list[Request], shapes: Shapes, technique: Technique, device: DevicePlan
-) -> int:
-    tokens = sum(text.tokens_NT.numel() for text in texts.all)
-    tokens += sum((request.source.num_sequences or 0) * (request.source.length or 0) for request in waiting)
-    # Dense boundaries of a window, the pruned chain, and one being written.
-    boundaries = technique.window + 1 + 3
-    return tokens * shapes.hidden_size * boundaries * torch.finfo(device.dtype).bits // 8
-
-
-def _sizes(
-    shapes: Shapes, technique: Technique, device: DevicePlan, activations: int, config: Mapping[str, Any]
-) -> tuple[int, int]:
-    """Expected peak of host memory and disk, bytes: weights, activations, training state; block states, export."""
-    width = torch.finfo(device.dtype).bits // 8
-    weights = shapes.num_parameters * width
-    block = shapes.num_block_parameters // shapes.num_blocks
-    training = block * technique.window * 16 if technique.trains else 0
-    grams = 4 * 3 * max(columns for _, columns in shapes.linears.values()) ** 2
-    memory = weights + activations + training + grams + 700 * 2**20
-    disk = shapes.num_block_parameters * width * 17 // 16 + 64 * 2**20
-    disk += weights if config["export"]["model"] else 0
-    return memory, disk
-
-
-def _check_room(plan: RunPlan) -> None:
-    if plan.folder.finished:
-        return
-    available = psutil.virtual_memory().available
-    needed = plan.memory_bytes - (plan.activation_bytes if plan.activations_on_disk else 0)
-    if needed > available:
-        raise ConfigError(
-            "model",
-            f"this run needs about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free",
-            value=plan.source.name,
-            hint="use fewer or shorter sequences, dtype=bfloat16, or a smaller model",
-        )
-    place = _existing(Path(plan.config["output_dir"]))
-    free = shutil.disk_usage(place).free
-    disk = plan.disk_bytes + (plan.activation_bytes if plan.activations_on_disk else 0)
-    if disk > free:
-        raise ConfigError(
-            "output_dir",
-            f"this run needs about {disk / 2**30:.1f} GiB on disk, {free / 2**30:.1f} GiB are free there",
-            value=plan.config["output_dir"],
-            hint="free space or choose another output_dir",
-        )
-
-
 def _check_writable(output_dir: Path) -> None:
-    place = _existing(output_dir)
+    place = existing(output_dir)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(
             "output_dir", f"cannot be written: {place}", value=output_dir, accepted="a writable folder"
         )
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path

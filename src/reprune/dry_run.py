@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from rich.table import Table
 
 from reprune.check import RunPlan
+from reprune.reconstruction.technique import Technique
 from reprune.tracking.progress import CONSOLE
 
 
@@ -17,16 +19,25 @@ def show(plan: RunPlan) -> None:
     table.add_row("model", f"{plan.source.name}, {shapes.num_parameters / 1e6:,.1f} M parameters")
     prunable = sum(shapes.num_weights.values())
     table.add_row("blocks", f"{shapes.num_blocks}, hidden {shapes.hidden_size}")
-    kinds = Counter((name.split(".", 1)[1], shape) for name, shape in shapes.linears.items())
+    # A number within a block's names is an expert's, or another place in a list.
+    kinds = Counter(
+        (re.sub(r"\.\d+(?=\.|$)", ".*", name.split(".", 1)[1]), shape)
+        for name, shape in shapes.linears.items()
+        if name in plan.rounds[-1]
+    )
     for (name, (d_out, d_in)), count in kinds.items():
         table.add_row("", f"{count} × {name} [{d_out} × {d_in}]")
-    removed = sum(shapes.num_weights[name] * share for name, share in plan.layer_sparsity.items())
+    removed = sum(shapes.num_weights[name] * share for name, share in plan.rounds[-1].items())
     table.add_row(
         "pruned",
         f"{removed / 1e6:,.1f} M of {prunable / 1e6:,.1f} M prunable weights ({removed / prunable:.1%})",
     )
-    window = f"window {technique.window}, stride {technique.stride}, {technique.epochs} epochs, lr {technique.learning_rate:g}"
-    table.add_row("reconstruction", window if technique.trains else "none")
+    if len(shapes.targets) < len(shapes.layers):
+        table.add_row("", f"{len(shapes.targets)} of {len(shapes.layers)} layers; the others stay dense")
+    if len(plan.rounds) > 1:
+        shares = ", ".join(f"{step:.1%}" for step in plan.schedule.steps(plan.sparsity))
+        table.add_row("schedule", f"{len(plan.rounds)} rounds: {shares}")
+    table.add_row("reconstruction", _in_words(technique))
     for request in plan.requests:
         source = request.source
         size = f"{source.num_sequences or 'all'} × {source.length or 'as they are'} tokens"
@@ -35,9 +46,22 @@ def show(plan: RunPlan) -> None:
         for name, text in entry.texts.items():
             table.add_row("evaluation", f"{entry.name} on {name}: {tuple(text.tokens_NT.shape)} tokens")
     table.add_row("device", f"{plan.device.name}, {str(plan.device.dtype).removeprefix('torch.')}")
-    stored = "files" if plan.activations_on_disk else "memory"
-    table.add_row("memory", f"about {plan.memory_bytes / 2**30:.2f} GiB, activations in {stored}")
-    table.add_row("disk", f"about {plan.disk_bytes / 2**30:.2f} GiB")
+    stored = "files" if plan.sizes.activations_on_disk else "memory"
+    table.add_row("memory", f"about {plan.sizes.memory / 2**30:.2f} GiB, activations in {stored}")
+    table.add_row("disk", f"about {plan.sizes.disk / 2**30:.2f} GiB")
     table.add_row("writes", str(plan.folder.path))
     table.add_row("state", plan.folder.status().words)
     CONSOLE.print(table, highlight=False)
+
+
+def _in_words(technique: Technique) -> str:
+    parts = ["least squares of every layer"] if technique.layerwise is not None else []
+    if technique.trains:
+        blocks = (
+            f"window {technique.window}, stride {technique.stride}" if technique.window else "the whole model"
+        )
+        what = "attention and MLP by themselves" if technique.granularity == "submodule" else blocks
+        parts.append(
+            f"{what}: {technique.trainable}, {technique.loss}, {technique.epochs} epochs, lr {technique.learning_rate:g}"
+        )
+    return ", then ".join(parts) or "none"

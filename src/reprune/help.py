@@ -25,6 +25,8 @@ GROUPS = {
 }
 TOP_LEVEL = {
     "sparsity": "share of weights removed; null: the pattern's own, 0.5 for unstructured",
+    "targets": "which layers are pruned: all, attention, mlp, or names with wildcards",
+    "target_blocks": "in which blocks: all, first:N, last:N, A:B",
     "seed, seed_data, seed_training": "the run's seed; data and training can be set apart",
     "device, dtype, threads": "auto, or cpu, cuda, cuda:N, mps; float32, bfloat16, float16; a number",
     "output_dir": "where run folders lie (outputs)",

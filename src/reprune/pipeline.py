@@ -130,10 +130,20 @@ def _block_loop(
     return BlockLoop(
         model=model,
         texts=texts,
-        pruning=PruningPlan(plan.pruner, plan.pattern, plan.layer_sparsity, plan.seed_training),
+        pruning=PruningPlan(
+            plan.pruner,
+            plan.pattern,
+            plan.rounds,
+            plan.seed_training,
+            plan.schedule.masks,
+            plan.schedule.reconstruct,
+        ),
         technique=plan.technique,
         stores=Stores(
-            plan.device.dtype, plan.shapes.hidden_size, folder.path / "activations", plan.activations_on_disk
+            plan.device.dtype,
+            plan.shapes.hidden_size,
+            folder.path / "activations",
+            plan.sizes.activations_on_disk,
         ),
         state=state,
         meter=meter,
@@ -218,7 +228,7 @@ def _result(
         "identity": plan.identity,
         "choices": plan.composed.choices,
         "experiment": plan.config["experiment"],
-        "sparsity": measured_sparsity(rows),
+        "sparsity": measured_sparsity(rows, plan.shapes.num_prunable),
         "seconds": {name: round(seconds, 3) for name, seconds in meter.seconds.items()},
         "peak_memory_bytes": meter.peak_bytes,
         "overlap": dict(overlap),

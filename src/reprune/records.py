@@ -24,13 +24,14 @@ def reconstruction_metrics(rows: Sequence[Row]) -> dict[str, float]:
     return metrics
 
 
-def measured_sparsity(rows: Sequence[Row]) -> dict[str, Any]:
-    """Share of the prunable weights that the masks remove: in all and by layer ('block.name')."""
+def measured_sparsity(rows: Sequence[Row], num_prunable: int) -> dict[str, Any]:
+    """Share of the weights that the masks remove: of the targeted layers, by layer ('block.name'), of all `num_prunable`."""
     layers = {f"{row['block']}.{name}": layer for row in rows for name, layer in row["layers"].items()}
     weights = sum(layer["weights"] for layer in layers.values())
     removed = sum(layer["removed"] for layer in layers.values())
     return {
         "total": removed / weights if weights else 0.0,
+        "of_all_prunable": removed / num_prunable,
         "layers": {name: layer["measured"] for name, layer in layers.items()},
     }
 
@@ -48,5 +49,6 @@ def block_metrics(row: Row) -> dict[str, float]:
         metrics["block/loss_first_epoch"] = losses[0]
         metrics["block/loss_last_epoch"] = losses[-1]
     weights = sum(layer["weights"] for layer in row["layers"].values())
-    metrics["block/sparsity"] = sum(layer["removed"] for layer in row["layers"].values()) / weights
+    if weights:
+        metrics["block/sparsity"] = sum(layer["removed"] for layer in row["layers"].values()) / weights
     return metrics

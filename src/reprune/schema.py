@@ -36,6 +36,8 @@ class RunConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     experiment: str = "default"
     sparsity: float | None = None
+    targets: str = "all"
+    target_blocks: str = "all"
     seed: int = 0
     seed_data: int | None = None
     seed_training: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from reprune.calibration.source import TextSet
 from reprune.engine.activations import Activations, Stores
@@ -35,18 +36,33 @@ class Chains:
         return embedded
 
     @torch.no_grad()
-    def through(self, block: int, inputs: Boundary, only: Sequence[TextSet] | None = None) -> Boundary:
-        """The outputs of a block, as its weights are now, for all texts or some of them."""
+    def through(
+        self,
+        block: int,
+        inputs: Boundary,
+        only: Sequence[TextSet] | None = None,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        until: str | None = None,
+    ) -> Boundary:
+        """The outputs of a block for all texts or some of them.
+
+        Its weights are as they are now, but for `weights`, which stand in for those of these names. `until` asks for the
+        output of a module within the block, which must be as wide as the block's.
+        """
         model, plan = self.model, self.model.plan
         outputs = {}
         with plan.holding(model.blocks[block]):
+            standing_in = {name: tensor.to(plan.device) for name, tensor in (weights or {}).items()}
             for text in self.texts if only is None else only:
                 source = inputs[text.key]
                 store = self.stores.new(len(source), source.length)
                 for where in source.batches(plan.sequences_a_pass(source.length)):
                     hidden = source.read(where, plan)
                     call = model.call(block, len(hidden), source.length)
-                    store.write(where, call.run(model.blocks[block], hidden))
+                    store.write(
+                        where, call.run(model.blocks[block], hidden, weights=standing_in, until=until)
+                    )
                 outputs[text.key] = store
         return outputs
 
@@ -60,9 +76,9 @@ class Chains:
                 hidden = source.read(where, plan)
                 model.call(block, len(hidden), source.length).run(model.blocks[block], hidden)
 
-    def advance_dense(self, block: int) -> None:
-        """x̄_{i+1} from x̄_i; the block must still have its dense weights."""
-        self.dense[block + 1] = self.through(block, self.dense[block])
+    def advance_dense(self, block: int, weights: Mapping[str, Tensor] | None = None) -> None:
+        """x̄_{i+1} from x̄_i; the block must still have its dense weights, or be given them."""
+        self.dense[block + 1] = self.through(block, self.dense[block], weights=weights)
 
     def forget_dense(self, before: int) -> None:
         """Drop the dense boundaries below `before`."""
@@ -70,6 +86,6 @@ class Chains:
             del self.dense[boundary]
 
 
-def dense_copy(model: LoadedModel, block: int) -> Mapping[str, torch.Tensor]:
-    """A copy of a block's weights."""
-    return {name: tensor.clone() for name, tensor in model.blocks[block].state_dict().items()}
+def dense_copy(model: LoadedModel, block: int) -> Mapping[str, Tensor]:
+    """A copy of a block's parameters."""
+    return {name: tensor.detach().clone() for name, tensor in model.blocks[block].named_parameters()}

@@ -1,48 +1,229 @@
-"""Prune the layers of one block."""
+"""Prune the layers of one block, and solve their least squares where the technique asks for it."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from reprune.calibration.roles import Texts
 from reprune.calibration.source import TextSet
 from reprune.engine.chains import Boundary, Chains
 from reprune.engine.statistics import InputStatistics, collecting
 from reprune.errors import RunError
+from reprune.model.linears import LinearView
 from reprune.model.loading import LoadedModel
 from reprune.pruning.contract import LayerContext, Pruner
+from reprune.reconstruction.least_squares import PairStatistics
+from reprune.reconstruction.technique import Technique
+from reprune.resources import StageMeter
 from reprune.seeding import generator
 from reprune.sparsity.patterns import Pattern
+from reprune.sparsity.schedule import Masks, ReconstructAt
+
+LOG = logging.getLogger("reprune")
+Views = Mapping[str, LinearView]
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What is pruned how: the method, the pattern, a sparsity for each layer ('block.name'), the seed of its streams."""
+    """What is pruned how: the method, the pattern, for each round a sparsity by layer ('block.name'), the seed.
+
+    Layers that are not named stay dense. `masks` and `reconstruct` are the schedule's.
+    """
 
     pruner: Pruner
     pattern: Pattern
-    sparsity: Mapping[str, float]
+    rounds: Sequence[Mapping[str, float]]
     seed: int
+    masks: Masks = "monotone"
+    reconstruct: ReconstructAt = "end"
+
+    def layers(self, model: LoadedModel, block: int) -> dict[str, LinearView]:
+        """The layers of a block that are pruned."""
+        views = model.linears[block]
+        return {name: view for name, view in views.items() if f"{block}.{name}" in self.rounds[-1]}
+
+
+@dataclass(frozen=True)
+class BlockPruning:
+    """One block in one round: what its layers' statistics and least squares are made of.
+
+    `inputs` enter the block in the pruned chain, `dense_inputs` in the dense one; `dense_weights` are the block's
+    before it was first pruned, `masks` those of the round before (stored layout).
+    """
+
+    plan: PruningPlan
+    technique: Technique
+    chains: Chains
+    texts: Texts
+    block: int
+    number: int
+    inputs: Boundary
+    dense_inputs: Boundary
+    dense_weights: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
+    meter: StageMeter
+
+    @torch.no_grad()
+    def run(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Prune the block's layers in place. Returns the keep masks in the stored layout, and rows for the record."""
+        model = self.chains.model
+        masks: dict[str, Tensor] = {}
+        rows: dict[str, Any] = {}
+        remaining = self.plan.layers(model, self.block)
+        with model.plan.holding(model.blocks[self.block]):
+            while remaining:
+                with self.meter.stage("statistics"):
+                    group = self._next_group(remaining)
+                    statistics = self._statistics(group)
+                    solving = self._solver_statistics(group, statistics)
+                with self.meter.stage("pruning"):
+                    for name, view in group.items():
+                        masks[name], rows[name] = self._prune_layer(
+                            name, view, statistics.get(name), solving.get(name)
+                        )
+                        del remaining[name]
+        # In the model's order, whatever the order of pruning was.
+        order = [name for name in model.linears[self.block] if name in masks]
+        return {name: masks[name] for name in order}, {name: rows[name] for name in order}
+
+    def _next_group(self, remaining: Views) -> dict[str, LinearView]:
+        """All layers, or those that are computed first: the ones that share the first input."""
+        if self.technique.within_block == "together" or not self._reads_inputs:
+            return dict(remaining)
+        with collecting(remaining, with_gram=False) as found:
+            self.chains.observe(self.block, self.inputs, self.texts.mask[:1])
+        first = next(name for name in found if name in remaining)
+        stage = remaining[first].stage
+        return {
+            name: view
+            for name, view in remaining.items()
+            if view.stage == stage or (name in found and found[name] is found[first])
+        }
+
+    @property
+    def _reads_inputs(self) -> bool:
+        return self.plan.pruner.needs.any or self.technique.layerwise is not None
+
+    def _statistics(self, group: Views) -> dict[str, InputStatistics]:
+        """What the pruner reads: of the block as it is now, on the input of the chain that was asked for."""
+        needs = self.plan.pruner.needs
+        if not needs.any:
+            return {}
+        chain = self.inputs if self.technique.statistics_chain == "sparse" else self.dense_inputs
+        # The solver can go on with a Gram of the same tokens.
+        gram = needs.gram or self._solver_shares_statistics
+        return collect(self.chains, self.block, chain, self.texts.mask, group, gram)
+
+    @property
+    def _solver_shares_statistics(self) -> bool:
+        technique, texts = self.technique, self.texts
+        return (
+            technique.layerwise is not None
+            and technique.statistics_chain == technique.input_chain
+            and [text.key for text in texts.mask] == [text.key for text in texts.reconstruction]
+        )
+
+    def _solver_statistics(
+        self, group: Views, statistics: Mapping[str, InputStatistics]
+    ) -> dict[str, tuple[InputStatistics, PairStatistics | None]]:
+        """Inputs of the reconstruction text by layer, and their products with the dense chain's where it is the target."""
+        technique = self.technique
+        if technique.layerwise is None:
+            return {}
+        own = dict(statistics)
+        if not (self._solver_shares_statistics and statistics):
+            chain = self.inputs if technique.input_chain == "sparse" else self.dense_inputs
+            own = collect(self.chains, self.block, chain, self.texts.reconstruction, group, True)
+        if technique.input_chain == "dense" or technique.target_chain == "sparse":
+            return {name: (found, None) for name, found in own.items()}
+        leaders = {id(found): name for name, found in reversed(own.items())}
+        pairs = self._collect_pairs({name: group[name] for name in leaders.values()})
+        return {name: (found, pairs[leaders[id(found)]]) for name, found in own.items()}
+
+    def _collect_pairs(self, views: Views) -> dict[str, PairStatistics]:
+        """Σ x̂ xᵀ of some layers: x̂ in the block as it is on the pruned chain, x in the dense block on the dense chain."""
+        model, plan = self.chains.model, self.chains.model.plan
+        module = model.blocks[self.block]
+        found = {name: PairStatistics() for name in views}
+        dense = {name: tensor.to(plan.device) for name, tensor in self.dense_weights.items()}
+        for text in self.texts.reconstruction:
+            student, teacher = self.inputs[text.key], self.dense_inputs[text.key]
+            for where in student.batches(plan.sequences_a_pass(student.length)):
+                hidden = student.read(where, plan)
+                call = model.call(self.block, len(hidden), student.length)
+                with _watching(views) as pruned_inputs:
+                    call.run(module, hidden)
+                with _watching(views) as dense_inputs:
+                    call.run(module, teacher.read(where, plan), weights=dense)
+                for name, pair in found.items():
+                    pair.add(pruned_inputs[name], dense_inputs[name])
+        return found
+
+    def _prune_layer(
+        self,
+        name: str,
+        view: LinearView,
+        statistics: InputStatistics | None,
+        solving: tuple[InputStatistics, PairStatistics | None] | None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Prune one layer in place: its keep mask in the stored layout, its row."""
+        plan, full = self.plan, f"{self.block}.{name}"
+        place = f"block {self.block}, layer {name}"
+        stream = generator(plan.seed, "prune", full, *([self.number] if self.number else []))
+        start = time.perf_counter()
+        earlier = view.orient(self.masks[name]).to(view.weight.device) if name in self.masks else None
+        weight, removed = view.weight, None
+        if earlier is not None and plan.masks == "free":
+            weight = torch.where(earlier, weight, self._dense(view))
+        elif earlier is not None:
+            removed = ~earlier
+        context = LayerContext(name, self.block, weight, statistics, stream, removed)
+        pruned = plan.pruner.prune(context, plan.pattern, plan.rounds[self.number][full])
+        if removed is not None and bool((pruned.keep & removed).any()):
+            raise RunError(f"{place}: {type(plan.pruner).__name__} brought weights back that an earlier round removed; use schedule.masks=free")  # fmt: skip
+        notes = [*pruned.notes, *(statistics.notes if statistics is not None else [])]
+        for note in notes:
+            LOG.warning("%s: %s", place, note)
+        row: dict[str, Any] = {
+            "planned": plan.rounds[self.number][full],
+            "measured": 1 - float(pruned.keep.double().mean()),
+            "weights": pruned.keep.numel(),
+            "removed": int((~pruned.keep).sum()),
+            "notes": notes,
+        }
+        if statistics is not None:
+            row["tokens"] = statistics.num_tokens
+        result = pruned.weight
+        if solving is not None:
+            assert self.technique.layerwise is not None
+            result, row["least_squares"] = self.technique.layerwise.solve(
+                self._dense(view), pruned.weight, pruned.keep, *solving, place
+            )
+        view.write(result)
+        self.chains.model.plan.synchronise()
+        row["seconds"] = round(time.perf_counter() - start, 4)
+        return view.orient(pruned.keep).cpu().contiguous(), row
+
+    def _dense(self, view: LinearView) -> Tensor:
+        """The layer's dense weight [d_out, d_in]."""
+        return view.orient(view.of(self.dense_weights[view.parameter])).to(view.weight.device)
 
 
 def collect(
-    plan: PruningPlan, chains: Chains, block: int, inputs: Boundary, texts: Sequence[TextSet]
+    chains: Chains, block: int, inputs: Boundary, texts: Sequence[TextSet], views: Views, with_gram: bool
 ) -> dict[str, InputStatistics]:
-    """Input statistics of the block's layers: dense weights on the pruned chain's input."""
-    if not plan.pruner.needs.any:
-        return {}
-    model = chains.model
-    with (
-        model.plan.holding(model.blocks[block]),
-        collecting(model.linears[block], plan.pruner.needs.gram) as found,
-    ):
+    """Input statistics of some layers of a block, whose weights are as they are now. RunError for a layer not called."""
+    with chains.model.plan.holding(chains.model.blocks[block]), collecting(views, with_gram) as found:
         chains.observe(block, inputs, texts)
-    missed = [name for name in model.linears[block] if name not in found]
+    missed = [name for name in views if name not in found]
     if missed:
         raise RunError(
             f"block {block}, layer {missed[0]}: it was not called in the forward pass, so it has no statistics"
@@ -50,29 +231,22 @@ def collect(
     return found
 
 
-@torch.no_grad()
-def prune_block(
-    plan: PruningPlan, model: LoadedModel, block: int, statistics: Mapping[str, InputStatistics]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Prune every linear of a block in place. Returns the keep masks in the stored layout, and rows for the record."""
-    masks: dict[str, Tensor] = {}
-    rows: dict[str, Any] = {}
-    with model.plan.holding(model.blocks[block]):
-        for name, view in model.linears[block].items():
-            full = f"{block}.{name}"
-            stream = generator(plan.seed, "prune", full)
-            layer = LayerContext(name, block, view.weight, statistics.get(name), stream)
-            start = time.perf_counter()
-            pruned = plan.pruner.prune(layer, plan.pattern, plan.sparsity[full])
-            model.plan.synchronise()
-            view.write(pruned.weight)
-            masks[name] = view.orient(pruned.keep).cpu().contiguous()
-            rows[name] = {
-                "planned": plan.sparsity[full],
-                "measured": 1 - float(pruned.keep.double().mean()),
-                "weights": pruned.keep.numel(),
-                "removed": int((~pruned.keep).sum()),
-                "notes": list(pruned.notes),
-                "seconds": round(time.perf_counter() - start, 4),
-            }
-    return masks, rows
+@contextmanager
+def _watching(views: Views) -> Iterator[dict[str, Tensor]]:
+    """What each layer was given in the one forward pass of the context."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def keep(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            seen[name] = positional[0] if positional else next(iter(keywords.values()))
+
+        return keep
+
+    handles = [
+        view.module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, view in views.items()
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from reprune.calibration.roles import Texts
-from reprune.calibration.source import TextSet
 from reprune.engine.activations import Stores, compare
 from reprune.engine.chains import Boundary, Chains, dense_copy
-from reprune.engine.layers import PruningPlan, collect, prune_block
+from reprune.engine.fitting import Fit, fits_of, submodules_of
+from reprune.engine.layers import BlockPruning, PruningPlan
 from reprune.engine.state import Progress, RunState
 from reprune.engine.windows import BlockWindow, windows_over
 from reprune.errors import RunError
 from reprune.model.loading import LoadedModel
-from reprune.reconstruction.gradient import Pairs, reconstruct
 from reprune.reconstruction.technique import Technique
 from reprune.resources import StageMeter
-from reprune.seeding import generator
 
 
 class Listener(Protocol):
@@ -64,17 +60,17 @@ class BlockLoop:
         windows = windows_over(len(self.model.blocks), self.technique.window, self.technique.stride)
         if self.state.windows_done() == len(windows):
             # Only an evaluation or an export is wanted: no activation has to be computed for it.
-            done = self.state.restore(self.model.blocks)
+            done = self.state.restore(self.model)
             self.meter.go_on_from(done.measured)
             return done.rows, done.masks
         chains = self._resume(windows)
         for window in windows[self._progress.windows :]:
-            self.listener.window(window, len(self.model.blocks), self._num_steps())
+            self.listener.window(window, len(self.model.blocks), self._num_steps(window))
             untrained = chains.pruned
-            for block in range(window.new, window.stop):
-                untrained = self._enter(chains, window, block)
-            if self.technique.trains:
-                self._reconstruct(chains, window)
+            for number in self._rounds(window):
+                untrained = self._prune(chains, window, number)
+                if self._trains(window) and (number in (None, self._last_round) or self._trains_each_round):
+                    self._reconstruct(chains, window, number)
             rows = self._freeze(chains, window, untrained)
             self._commit(window, rows)
             for row in rows:
@@ -90,7 +86,7 @@ class BlockLoop:
         dense = {block: dense_copy(self.model, block) for block in range(entered)}
         with self.meter.stage("replay" if done else "embedding"):
             chains = Chains(self.model, self.texts.all, self.stores)
-        restored = self.state.restore(self.model.blocks)
+        restored = self.state.restore(self.model)
         progress.windows, progress.rows = restored.windows, restored.rows
         progress.pending, progress.masks = restored.pending, restored.masks
         if done:
@@ -99,10 +95,7 @@ class BlockLoop:
             self.after_commit(done, progress.rows, progress.rows)
         for block in range(entered):
             with self.meter.stage("replay"):
-                current = dense_copy(self.model, block)
-                self.model.blocks[block].load_state_dict(dense[block])
-                chains.advance_dense(block)
-                self.model.blocks[block].load_state_dict(current)
+                chains.advance_dense(block, dense[block])
                 if block < reached:
                     chains.pruned = chains.through(block, chains.pruned)
                     chains.forget_dense(block + 1)
@@ -111,70 +104,101 @@ class BlockLoop:
         return chains
 
     @property
-    def _keeps_dense_weights(self) -> bool:
-        """Only targets from the pruned chain's input need dense weights after their block is pruned."""
-        return self.technique.trains and self.technique.target_chain == "sparse"
+    def _last_round(self) -> int:
+        return len(self.pruning.rounds) - 1
 
-    def _num_steps(self) -> int:
-        if not self.technique.trains:
+    def _rounds(self, window: BlockWindow) -> Iterator[int | None]:
+        """The schedule's rounds, or None once for a window in which no block is new."""
+        if window.new == window.stop:
+            yield None
+        else:
+            yield from range(len(self.pruning.rounds))
+
+    @property
+    def _trains_each_round(self) -> bool:
+        return self.pruning.reconstruct == "each_round"
+
+    @property
+    def _keeps_dense_weights(self) -> bool:
+        """Whether dense weights of a block are read after the block was first pruned."""
+        return self.technique.needs_dense_weights or self._last_round > 0
+
+    def _trains(self, window: BlockWindow) -> bool:
+        """A window in which nothing is pruned has nothing to restore."""
+        blocks = range(window.first, window.stop)
+        return self.technique.trains and any(self.pruning.layers(self.model, block) for block in blocks)
+
+    def _num_steps(self, window: BlockWindow) -> int:
+        if not self._trains(window):
             return 0
         samples = sum(len(text.tokens_NT) for text in self.texts.reconstruction)
-        return self.technique.epochs * -(-samples // self.technique.batch_size)
+        trainings = len(list(self._rounds(window))) if self._trains_each_round else 1
+        if self.technique.granularity == "submodule":
+            layers = self.pruning.layers(self.model, window.first)
+            trainings *= len(submodules_of(self.model, window.first, layers))
+        return trainings * self.technique.epochs * -(-samples // self.technique.batch_size)
 
-    def _enter(self, chains: Chains, window: BlockWindow, block: int) -> Boundary:
-        """Prune a block that is new in the window; returns the pruned chain behind it."""
-        with self.meter.stage("dense chain"):
-            chains.advance_dense(block)
-            if self._keeps_dense_weights:
-                self._dense_weights[block] = dense_copy(self.model, block)
+    def _prune(self, chains: Chains, window: BlockWindow, number: int | None) -> Boundary:
+        """One round over the blocks that are new in the window; returns the pruned chain behind the last of them."""
+        inputs = chains.pruned
+        if number is None:
+            return inputs
         with self.meter.stage("pruned chain"):
-            inputs = chains.pruned
-            for earlier in range(window.first, block):
+            for earlier in range(window.first, window.new):
                 inputs = chains.through(earlier, inputs)
-        with self.meter.stage("statistics"):
-            statistics = collect(self.pruning, chains, block, inputs, self.texts.mask)
-        with self.meter.stage("pruning"):
-            masks, layers = prune_block(self.pruning, self.model, block, statistics)
+        for block in range(window.new, window.stop):
+            inputs = self._prune_block(chains, block, number, inputs)
+        return inputs
+
+    def _prune_block(self, chains: Chains, block: int, number: int, inputs: Boundary) -> Boundary:
+        """Prune a block in one round; returns the pruned chain behind it."""
+        progress = self._progress
+        if number == 0:
+            with self.meter.stage("dense chain"):
+                chains.advance_dense(block)
+                if self._keeps_dense_weights:
+                    self._dense_weights[block] = dense_copy(self.model, block)
+        pruning = BlockPruning(
+            plan=self.pruning,
+            technique=self.technique,
+            chains=chains,
+            texts=self.texts,
+            block=block,
+            number=number,
+            inputs=inputs,
+            dense_inputs=chains.dense[block],
+            dense_weights=self._dense_weights.get(block, {}),
+            masks=progress.masks.get(block, {}),
+            meter=self.meter,
+        )
+        progress.masks[block], layers = pruning.run()
         with self.meter.stage("measuring"):
             outputs = chains.through(block, inputs)
             before = self._errors(chains, block, outputs)
-        self._progress.masks[block] = masks
-        self._progress.pending[block] = {"layers": layers, "before": before, "training": []}
+        training = progress.pending[block]["training"] if number else []
+        progress.pending[block] = {"layers": layers, "before": before, "training": training}
         return outputs
 
-    def _reconstruct(self, chains: Chains, window: BlockWindow) -> None:
-        technique, model = self.technique, self.model
-        texts = self.texts.reconstruction
+    def _reconstruct(self, chains: Chains, window: BlockWindow, number: int | None) -> None:
+        """Train the window, or each submodule of its one block in turn."""
+        blocks = range(window.first, window.stop)
         with self.meter.stage("reconstruction"):
-            inputs = chains.pruned if technique.input_chain == "sparse" else chains.dense[window.first]
-            if technique.target_chain == "dense":
-                targets = chains.dense[window.stop]
-            else:
-                targets = self._dense_outputs(chains, window, chains.pruned, texts)
-            pairs = Pairs([inputs[text.key] for text in texts], [targets[text.key] for text in texts])
-            blocks = range(window.first, window.stop)
-            order = generator(self.seed_training, "reconstruction", window.index)
-            start = time.perf_counter()
-            losses = reconstruct(
-                model, blocks, self._progress.masks, pairs, technique, order, self.listener.step
+            fit = Fit(
+                chains=chains,
+                texts=self.texts,
+                technique=self.technique,
+                blocks=blocks,
+                masks=self._progress.masks,
+                dense_weights=self._dense_weights,
+                seed=self.seed_training,
+                purpose=(window.index, *([number] if number else [])),
+                on_step=self.listener.step,
             )
-            seconds = round(time.perf_counter() - start, 3)
-        told = {"window": window.index, "epoch_losses": losses, "seconds": seconds}
-        for block in blocks:
-            self._progress.pending[block]["training"].append(told)
-
-    @torch.no_grad()
-    def _dense_outputs(
-        self, chains: Chains, window: BlockWindow, inputs: Boundary, texts: Sequence[TextSet]
-    ) -> Boundary:
-        """g(w̄; x): the dense window on the pruned chain's input."""
-        states = inputs
-        for block in range(window.first, window.stop):
-            current = dense_copy(self.model, block)
-            self.model.blocks[block].load_state_dict(self._dense_weights[block])
-            states = chains.through(block, states, texts)
-            self.model.blocks[block].load_state_dict(current)
-        return states
+            trained = [part.run() for part in fits_of(fit)]
+        for told in trained:
+            told = {"window": window.index, **({"round": number} if number else {}), **told}
+            for block in blocks:
+                self._progress.pending[block]["training"].append(told)
 
     def _freeze(self, chains: Chains, window: BlockWindow, untrained: Boundary) -> list[dict[str, Any]]:
         """Pass the pruned chain on through the blocks that no later window trains, and measure them."""
@@ -182,7 +206,7 @@ class BlockLoop:
         for block in range(window.first, window.frozen):
             with self.meter.stage("measuring"):
                 # `untrained` lies behind the window's last block only if that block was new in it.
-                reusable = not self.technique.trains and window.new <= block == window.stop - 1
+                reusable = not self._trains(window) and window.new <= block == window.stop - 1
                 chains.pruned = untrained if reusable else chains.through(block, chains.pruned)
                 after = self._errors(chains, block, chains.pruned)
             self._dense_weights.pop(block, None)
@@ -197,7 +221,7 @@ class BlockLoop:
             frozen, still_open = range(window.first, window.frozen), range(window.frozen, window.stop)
             self.state.commit(
                 done,
-                self.model.blocks,
+                self.model,
                 frozen,
                 still_open,
                 rows,

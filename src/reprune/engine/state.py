@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from reprune.files import write_tensors
+from reprune.model.loading import LoadedModel
 
 OPEN = "open.safetensors"
 
@@ -46,7 +47,7 @@ class RunState:
     def commit(
         self,
         windows: int,
-        blocks: nn.ModuleList,
+        model: LoadedModel,
         frozen: range,
         still_open: range,
         rows: list[dict[str, Any]],
@@ -58,13 +59,13 @@ class RunState:
         written = {"windows": str(windows), "rows": json.dumps(rows)}
         if len(frozen):
             name = f"frozen_{windows:04d}.safetensors"
-            write_tensors(self.folder / name, _tensors(blocks, frozen, masks), written)
+            write_tensors(self.folder / name, _tensors(model, frozen, masks), written)
         kept = {
             "windows": str(windows),
             "pending": json.dumps({str(block): pending[block] for block in still_open}),
             "measured": json.dumps(measured),
         }
-        write_tensors(self.folder / OPEN, _tensors(blocks, still_open, masks), kept)
+        write_tensors(self.folder / OPEN, _tensors(model, still_open, masks), kept)
 
     def windows_done(self) -> int:
         """How many windows are finished."""
@@ -73,15 +74,15 @@ class RunState:
         with safe_open(self.folder / OPEN, framework="pt") as stream:
             return int(stream.metadata()["windows"])
 
-    def restore(self, blocks: nn.ModuleList) -> Progress:
-        """Put the finished weights into `blocks` and return the rest of the state."""
+    def restore(self, model: LoadedModel) -> Progress:
+        """Put the finished weights into the model's blocks and return the rest of the state."""
         progress = Progress(windows=self.windows_done())
         for number in range(1, progress.windows + 1):
             path = self.folder / f"frozen_{number:04d}.safetensors"
             if path.is_file():
-                progress.rows += json.loads(_load(path, blocks, progress.masks)["rows"])
+                progress.rows += json.loads(_load(path, model, progress.masks)["rows"])
         if progress.windows:
-            metadata = _load(self.folder / OPEN, blocks, progress.masks)
+            metadata = _load(self.folder / OPEN, model, progress.masks)
             pending = json.loads(metadata["pending"])
             progress.measured = json.loads(metadata["measured"])
             progress.pending = {int(block): row for block, row in pending.items()}
@@ -89,27 +90,26 @@ class RunState:
 
 
 def _tensors(
-    blocks: nn.ModuleList, which: range, masks: Mapping[int, Mapping[str, Tensor]]
+    model: LoadedModel, which: range, masks: Mapping[int, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     tensors = {}
     for block in which:
-        for name, tensor in blocks[block].state_dict().items():
+        for name, tensor in model.blocks[block].state_dict().items():
             tensors[f"weights.{block}.{name}"] = tensor
         for name, keep in masks.get(block, {}).items():
             tensors[f"masks.{block}.{name}"] = pack(keep)
     return tensors
 
 
-def _load(path: Path, blocks: nn.ModuleList, masks: dict[int, dict[str, Tensor]]) -> dict[str, str]:
+def _load(path: Path, model: LoadedModel, masks: dict[int, dict[str, Tensor]]) -> dict[str, str]:
     with safe_open(path, framework="pt") as stream:
         for key in stream.keys():  # noqa: SIM118 (a safetensors file, not a dict)
             kind, number, name = key.split(".", 2)
             block = int(number)
-            own = blocks[block].state_dict()
             if kind == "weights":
-                own[name].copy_(stream.get_tensor(key))
+                model.blocks[block].state_dict()[name].copy_(stream.get_tensor(key))
             else:
-                shape = own[f"{name}.weight"].shape
+                shape = model.linears[block][name].stored.shape
                 masks.setdefault(block, {})[name] = unpack(stream.get_tensor(key), shape)
         metadata: dict[str, str] = stream.metadata()
     return metadata

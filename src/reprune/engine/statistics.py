@@ -1,4 +1,4 @@
-"""Statistics of layer inputs: one accumulator for all layers that see the same input."""
+"""Statistics of layer inputs: one accumulator for all layers that see the same input, one for each expert."""
 
 from __future__ import annotations
 
@@ -11,19 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from reprune.errors import RunError
+from reprune.model.experts import fused_names, intermediate, routed
 from reprune.model.linears import LinearView
 
 MAX_DAMP = 1.0
+STARVED = "no token was routed here: ranked by its weights alone"
 
 
 @dataclass
 class InputStatistics:
-    """Sums over the tokens that a layer saw: Σ x² [d_in] and Σ x xᵀ [d_in, d_in], float32."""
+    """Sums over the tokens that a layer saw: Σ x² [d_in] and Σ x xᵀ [d_in, d_in], float32, and remarks on them."""
 
     num_tokens: int = 0
     sum_squares: Tensor | None = None
     gram: Tensor | None = None
+    notes: list[str] = field(default_factory=list)
     _factors: dict[float, tuple[Tensor, list[str]]] = field(default_factory=dict)
+
+    @classmethod
+    def of_no_token(cls, num_features: int, device: torch.device, with_gram: bool) -> InputStatistics:
+        """Of inputs that are alike in all directions: what is known of an expert that no token was routed to."""
+        gram = torch.eye(num_features, device=device) if with_gram else None
+        return cls(0, torch.ones(num_features, device=device), gram, [STARVED])
 
     @torch.no_grad()
     def add(self, inputs: Tensor, with_gram: bool) -> None:
@@ -62,7 +71,7 @@ class InputStatistics:
 
     def _inverse_factor(self, damp: float, place: str) -> tuple[Tensor, list[str]]:
         assert self.gram is not None
-        hessian = self.gram * (2 / self.num_tokens)
+        hessian = self.gram * (2 / max(1, self.num_tokens))
         diagonal = hessian.diagonal()
         if not bool(torch.isfinite(diagonal).all()):
             raise RunError(f"{place}: the calibration activations are not finite; try dtype=float32")
@@ -92,17 +101,29 @@ class InputStatistics:
 
 @contextmanager
 def collecting(linears: Mapping[str, LinearView], with_gram: bool) -> Iterator[dict[str, InputStatistics]]:
-    """Accumulate the input statistics of `linears` over all forward passes in the context.
+    """Accumulate the input statistics of `linears` over all forward passes in the context, in the order of calls.
 
     Layers that were given the very same tensor in the first pass (q, k and v; gate and up) share one accumulator.
+    An expert's are of the tokens routed to it; at the end of the context an expert that had its chance and got none
+    has those of `InputStatistics.of_no_token`. Other layers that were not called have no entry.
     """
     collector = _Collector(with_gram)
-    handles = [
-        view.module.register_forward_pre_hook(collector.hook(name), with_kwargs=True)
-        for name, view in linears.items()
-    ]
+    fused: dict[nn.Module, dict[str, LinearView]] = {}
+    handles = []
+    for name, view in linears.items():
+        if view.index is None:
+            hook = collector.hook(name)
+            handles.append(view.module.register_forward_pre_hook(hook, with_kwargs=True))
+        else:
+            fused.setdefault(view.module, {})[name] = view
+    for module, views in fused.items():
+        hook = collector.hook_of_experts(views)
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    routing = {view.mixture.called for view in linears.values() if view.mixture is not None}
+    handles += [module.register_forward_pre_hook(collector.note_call) for module in routing]
     try:
         yield collector.found
+        collector.fill_in_starved(linears)
     finally:
         for handle in handles:
             handle.remove()
@@ -113,6 +134,7 @@ class _Collector:
         self.with_gram = with_gram
         self.found: dict[str, InputStatistics] = {}
         self.leaders: set[str] = set()
+        self.called: set[nn.Module] = set()
         # Held until the layer is met again, that is for the first pass, so that no address is used twice in it.
         # The version tells a tensor from the same one after it was changed in place.
         self.first_inputs: list[tuple[Tensor, int, str]] = []
@@ -120,6 +142,9 @@ class _Collector:
     def hook(self, name: str) -> Any:
         def observe(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             inputs = positional[0] if positional else next(iter(keywords.values()))
+            # An expert may be called with no token, and all such inputs lie at one address.
+            if inputs.numel() == 0:
+                return
             if name in self.found:
                 self.first_inputs.clear()
             else:
@@ -128,6 +153,34 @@ class _Collector:
                 self.found[name].add(inputs, self.with_gram)
 
         return observe
+
+    def hook_of_experts(self, views: Mapping[str, LinearView]) -> Any:
+        """For fused experts: `views` are the ones that are wanted, of one module."""
+        wanted = {(view.parameter.rpartition(".")[2], view.index): name for name, view in views.items()}
+
+        @torch.no_grad()
+        def observe(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            for name in views:
+                self.found.setdefault(name, InputStatistics())
+            up, down = fused_names(module)
+            for expert, inputs in routed(module, positional, keywords):
+                if (up, expert) in wanted:
+                    self.found[wanted[up, expert]].add(inputs, self.with_gram)
+                if (down, expert) in wanted:
+                    within = intermediate(module, expert, inputs)
+                    self.found[wanted[down, expert]].add(within, self.with_gram)
+
+        return observe
+
+    def note_call(self, module: nn.Module, positional: tuple[Any, ...]) -> None:
+        self.called.add(module)
+
+    def fill_in_starved(self, linears: Mapping[str, LinearView]) -> None:
+        for name, view in linears.items():
+            seen = name in self.found and self.found[name].num_tokens > 0
+            if not seen and view.mixture is not None and view.mixture.called in self.called:
+                device = view.stored.device
+                self.found[name] = InputStatistics.of_no_token(view.shape[1], device, self.with_gram)
 
     def _meet(self, name: str, inputs: Tensor) -> None:
         for seen, version, leader in self.first_inputs:

@@ -18,11 +18,13 @@ class BlockWindow:
     stop: int
 
 
-def windows_over(num_blocks: int, window: int, stride: int) -> list[BlockWindow]:
+def windows_over(num_blocks: int, window: int | None, stride: int | None) -> list[BlockWindow]:
     """Windows that start at −(window − stride) and are clipped to the model (arXiv 2406.15524, §3.3).
 
-    For window 2, stride 1: {0}, {0,1}, … {L−2,L−1}, {L−1}. Raises ConfigError for a window larger than the model.
+    None for both is one window over the whole model. For window 2, stride 1: {0}, {0,1}, … {L−2,L−1}, {L−1}. Raises ConfigError for a window larger than the model.
     """
+    if window is None or stride is None:
+        window = stride = num_blocks
     if window > num_blocks:
         raise ConfigError(
             "reconstruction.window", f"larger than the model, which has {num_blocks} blocks", value=window

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from reprune.errors import ConfigError, RunError
 
@@ -48,9 +49,50 @@ class BlockCall:
         positional, keywords = _floated(self.positional), _floated(self.keywords)
         return BlockCall(positional, keywords)
 
-    def run(self, block: nn.Module, hidden_BTH: Tensor) -> Tensor:
-        """The block's hidden states for `hidden_BTH`; both are [batch, tokens, hidden]."""
-        return hidden_of(block(hidden_BTH, *self.positional, **self.keywords))
+    def run(
+        self,
+        block: nn.Module,
+        hidden_BTH: Tensor,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        until: str | None = None,
+    ) -> Tensor:
+        """The block's hidden states for `hidden_BTH`; both are [batch, tokens, hidden].
+
+        `weights` stand in for the block's own tensors of these names; with `until`, a path within the block, the
+        output of that module is returned instead, and nothing behind it is computed.
+        """
+        positional = (hidden_BTH, *self.positional)
+        if until is not None:
+            with _stopping_at(block.get_submodule(until)) as reached:
+                return reached(lambda: functional_call(block, dict(weights or {}), positional, self.keywords))
+        if weights:
+            return hidden_of(functional_call(block, dict(weights), positional, self.keywords))
+        return hidden_of(block(*positional, **self.keywords))
+
+
+class _Reached(Exception):  # noqa: N818 (no error: it ends a forward pass at the module that was asked for)
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
+
+
+@contextmanager
+def _stopping_at(module: nn.Module) -> Iterator[Callable[[Callable[[], Any]], Tensor]]:
+    def stop(module: nn.Module, positional: Any, output: Any) -> None:
+        raise _Reached(hidden_of(output))
+
+    def reached(forward: Callable[[], Any]) -> Tensor:
+        try:
+            forward()
+        except _Reached as end:
+            return end.output
+        raise AssertionError("the module was not called")
+
+    handle = module.register_forward_hook(stop)
+    try:
+        yield reached
+    finally:
+        handle.remove()
 
 
 def _floated(value: Any) -> Any:

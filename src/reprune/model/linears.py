@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,30 +11,52 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from reprune.errors import ConfigError
+from reprune.model.experts import Mixture, fused_names, is_fused, mixtures_of, stacked
 
 
 @dataclass(frozen=True)
 class LinearView:
-    """A prunable linear layer of a block.
+    """A prunable linear layer of a block, or one expert's part of a parameter that all experts are fused into.
 
-    `name` is its path within the block; `parameter` the name of its weight there.
+    `name` is its path within the block (of an expert: the parameter's path and the expert's `index`), `parameter`
+    the path of the whole parameter there, `module` what holds it. `mixture` is what an expert belongs to.
+
+    Gate and up of a fused expert stay one matrix, as they are stored: where a method compares weights within the
+    matrix, the weights of both are ranked together.
     """
 
     name: str
     module: nn.Module
-    transposed: bool
+    parameter: str
+    transposed: bool = False
+    index: int | None = None
+    mixture: Mixture | None = None
 
     @property
-    def parameter(self) -> str:
-        """Path of the weight within the block."""
-        return f"{self.name}.weight"
+    def is_expert(self) -> bool:
+        """Whether a router decides which tokens come here, so that there may be none."""
+        return self.mixture is not None
+
+    @property
+    def stage(self) -> str:
+        """The same for layers that are computed at the same moment: one kind of layer of all experts."""
+        if self.index is not None:
+            return self.parameter
+        if self.mixture is None:
+            return self.name
+        _, _, below = self.name.removeprefix(f"{self.mixture.path}.").partition(".")
+        return f"{self.mixture.path}.*.{below}"
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor shaped like the whole parameter that belongs here; shares its memory."""
+        return tensor if self.index is None else tensor[self.index]
 
     @property
     def stored(self) -> Tensor:
-        """The weight as the module stores it."""
-        weight = self.module.weight
+        """The weight as the module stores it, the expert's part alone; shares memory with the module."""
+        weight = getattr(self.module, self.parameter.rpartition(".")[2])
         assert isinstance(weight, Tensor)
-        return weight
+        return self.of(weight)
 
     @property
     def weight(self) -> Tensor:
@@ -57,19 +80,55 @@ class LinearView:
 
 
 def linears_of(block: nn.Module) -> dict[str, LinearView]:
-    """The prunable linears of a block, in module order.
+    """The prunable linears of a block, in module order: one view for every expert of a fused parameter, no routers.
 
-    Raises ConfigError for experts fused into one parameter: to leave them out in silence would be another sparsity.
+    Raises ConfigError, naming the parameter, for experts that no view reaches: to leave them out in silence would be
+    another sparsity.
     """
-    found = {}
-    for name, module in block.named_modules():
+    mixtures = mixtures_of(block)
+    routers = {path for mixture in mixtures for path in mixture.routers}
+    found: dict[str, LinearView] = {}
+    for path, module in block.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
-            found[name] = LinearView(name, module, transposed=isinstance(module, Conv1D))
-        fused = [own for own, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
-        if fused and not isinstance(module, _ConvNd):
-            raise ConfigError(
-                "model",
-                "its experts are fused into one parameter, which cannot be pruned yet",
-                value=f"{name}.{fused[0]}",
-            )
+            if not _below(path, routers):
+                transposed = isinstance(module, Conv1D)
+                around = [mixture for mixture in mixtures if _below(path, [mixture.path])]
+                mixture = around[-1] if around else None
+                found[path] = LinearView(path, module, f"{path}.weight", transposed, mixture=mixture)
+        elif is_fused(module):
+            (mixture,) = [mixture for mixture in mixtures if mixture.path == path]
+            found |= {view.name: view for view in _fused_views(mixture, module)}
+        _refuse_unreached(path, module)
+    for parameter in stacked(block):
+        raise _unreached(parameter)
     return found
+
+
+def _below(path: str, above: Sequence[str] | set[str]) -> bool:
+    return any(path == other or path.startswith(f"{other}.") for other in above)
+
+
+def _fused_views(mixture: Mixture, module: nn.Module) -> list[LinearView]:
+    views = []
+    for own in fused_names(module):
+        parameter = f"{mixture.path}.{own}".removeprefix(".")
+        for index in range(len(getattr(module, own))):
+            name = f"{parameter}.{index}"
+            views.append(LinearView(name, module, parameter, bool(module.is_transposed), index, mixture))
+    return views
+
+
+def _refuse_unreached(path: str, module: nn.Module) -> None:
+    reached = fused_names(module) if is_fused(module) else ()
+    for own, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() == 3 and own not in reached and not isinstance(module, _ConvNd):
+            raise _unreached(f"{path}.{own}")
+
+
+def _unreached(parameter: str) -> ConfigError:
+    return ConfigError(
+        "model",
+        "experts (or other matrices) are fused into one parameter in a way of its own, which cannot be pruned",
+        value=parameter,
+        accepted="nn.Linear, Conv1D, or experts that follow transformers' use_experts_implementation",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from reprune.errors import ConfigError, RunError
 from reprune.model.blocks import BlockCall, find_blocks, record_calls, same_calls
 from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan
 from reprune.model.linears import LinearView, linears_of
+from reprune.model.submodules import Submodule, find_submodules
+
+_TRACED_TOKENS = 4
 
 
 @dataclass
@@ -28,6 +33,7 @@ class LoadedModel:
     plan: DevicePlan
     identity: dict[str, Any]
     _calls: dict[tuple[int, int], list[BlockCall]] = field(default_factory=dict)
+    _submodules: dict[int, list[Submodule]] = field(default_factory=dict)
 
     @property
     def base(self) -> nn.Module:
@@ -40,6 +46,18 @@ class LoadedModel:
     def linears(self) -> list[dict[str, LinearView]]:
         """The prunable linears of each block, by name within the block."""
         return [linears_of(block) for block in self.blocks]
+
+    def submodules(self, block: int) -> list[Submodule]:
+        """Attention, MLP or whatever a block adds to its residual stream, in the order in which they are computed."""
+        if block not in self._submodules:
+            # Any tokens will do: only what is called with what is looked at.
+            hidden = self.embed(torch.zeros(1, _TRACED_TOKENS, dtype=torch.long))
+            call = self.call(block, 1, _TRACED_TOKENS)
+            with self.plan.holding(self.blocks[block]):
+                self._submodules[block] = find_submodules(
+                    self.blocks[block], self.linears[block], call, hidden.to(self.plan.device)
+                )
+        return self._submodules[block]
 
     @torch.no_grad()
     def embed(self, tokens_BT: Tensor) -> Tensor:
@@ -65,10 +83,22 @@ class LoadedModel:
         assert isinstance(keywords, dict)
         return BlockCall(positional, keywords)
 
+    @cached_property
+    def blocks_path(self) -> str:
+        """Where the list of blocks lies in the model."""
+        return str(next(name for name, module in self.model.named_modules() if module is self.blocks))
+
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits [batch, tokens, vocabulary] on the device; the caller holds the model there."""
-        output = self.model(input_ids=tokens_BT.to(self.plan.device), use_cache=False)
+        return self.differentiable_logits(tokens_BT, {})
+
+    def differentiable_logits(self, tokens_BT: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """As `logits`, with gradients; `weights` stand in for the model's own tensors of these names."""
+        keywords = {"input_ids": tokens_BT.to(self.plan.device), "use_cache": False}
+        output = (
+            functional_call(self.model, dict(weights), (), keywords) if weights else self.model(**keywords)
+        )
         logits = output.logits
         assert isinstance(logits, Tensor)
         return logits

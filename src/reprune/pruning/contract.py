@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -30,14 +30,43 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """A layer before any weight is loaded: [d_out, d_in], whether it is stored transposed, and its checkpoint key.
+
+    `key` is None where the layer is only a part of a parameter, so that its name in a checkpoint is not known.
+    `expert`: a router decides which tokens come here.
+    """
+
+    shape: tuple[int, int]
+    transposed: bool = False
+    key: str | None = None
+    expert: bool = False
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """The shape as the model stores it."""
+        d_out, d_in = self.shape
+        return (d_in, d_out) if self.transposed else (d_out, d_in)
+
+    def orient(self, stored_or_view: Tensor) -> Tensor:
+        """Turn a tensor between the stored layout and [d_out, d_in]; its own inverse."""
+        return stored_or_view.T if self.transposed else stored_or_view
+
+
+@dataclass(frozen=True)
 class LayerContext:
-    """A layer as a method sees it: weight [d_out, d_in] in the model's dtype, not to be changed in place."""
+    """A layer as a method sees it: weight [d_out, d_in] in the model's dtype, not to be changed in place.
+
+    `removed`, bool [d_out, d_in], are weights that earlier rounds of a schedule removed and that must not return; None
+    where there are none. They are to be removed before any other; `rank_first` gives them the lowest scores.
+    """
 
     name: str
     block: int
     weight: Tensor
     statistics: InputStatistics | None
     generator: torch.Generator
+    removed: Tensor | None = None
 
     @property
     def inputs(self) -> InputStatistics:
@@ -64,6 +93,17 @@ class Pruner(Protocol):
         """ConfigError for a pattern that the method cannot make, before anything is loaded."""
         ...
 
+    def brings(
+        self, layers: Mapping[str, LayerShape], pattern: Pattern, known: Collection[str]
+    ) -> Mapping[str, float] | None:
+        """Sparsity of each of `layers` ('block.name') where the method has its masks already; None: it makes them.
+
+        Called once, before the first `prune`. `layers` are those to prune, `known` all layers of the model. ConfigError
+        where the masks do not fit them or the pattern. A method whose fields do not say what it will do to the numbers
+        has an `identity()` too, asked for after this, which goes into the run's hash in place of its fields.
+        """
+        ...
+
     def prune(self, layer: LayerContext, pattern: Pattern, sparsity: float) -> Pruned:
         """Prune a layer to `sparsity` in `pattern`. RunError, naming the layer, when it cannot be done."""
         ...
@@ -78,6 +118,12 @@ class ScorePruner(ABC):
     def check(self, pattern: Pattern) -> None:  # noqa: B027 (most methods have nothing to check)
         """Scores go with every pattern."""
 
+    def brings(
+        self, layers: Mapping[str, LayerShape], pattern: Pattern, known: Collection[str]
+    ) -> Mapping[str, float] | None:
+        """None: the scores choose."""
+        return None
+
     @abstractmethod
     def score(self, layer: LayerContext) -> Tensor:
         """Importance of every weight, float32 [d_out, d_in]; the lowest are removed."""
@@ -86,8 +132,13 @@ class ScorePruner(ABC):
         """See Pruner."""
         scores = self.score(layer)
         require_finite(scores, layer)
-        keep = pattern.keep(scores, sparsity, self.within)
+        keep = pattern.keep(rank_first(scores, layer.removed), sparsity, self.within)
         return Pruned(torch.where(keep, layer.weight, 0), keep)
+
+
+def rank_first(scores: Tensor, removed: Tensor | None) -> Tensor:
+    """Scores in which what is removed already is lower than anything else."""
+    return scores if removed is None else scores.masked_fill(removed, -torch.inf)
 
 
 def require_finite(scores: Tensor, layer: LayerContext) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from reprune.pruning.contract import LayerContext, Needs, Pruned
+from reprune.pruning.contract import LayerContext, LayerShape, Needs, Pruned
 from reprune.sparsity.patterns import Pattern
 
 
@@ -19,6 +20,12 @@ class KeepAll:
 
     def check(self, pattern: Pattern) -> None:
         """No pattern is made."""
+
+    def brings(
+        self, layers: Mapping[str, LayerShape], pattern: Pattern, known: Collection[str]
+    ) -> Mapping[str, float] | None:
+        """None: nothing is removed."""
+        return None
 
     def prune(self, layer: LayerContext, pattern: Pattern, sparsity: float) -> Pruned:
         """See Pruner."""

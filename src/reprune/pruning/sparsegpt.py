@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reprune.errors import ConfigError, require_nonnegative, require_positive
-from reprune.pruning.contract import LayerContext, Needs, Pruned, require_finite
+from reprune.pruning.contract import LayerContext, LayerShape, Needs, Pruned, rank_first, require_finite
 from reprune.sparsity.patterns import Group, Pattern
 
 SWEEP_COLUMNS = 16
@@ -43,6 +44,12 @@ class SparseGPT:
                 value=self.block_size,
             )
 
+    def brings(
+        self, layers: Mapping[str, LayerShape], pattern: Pattern, known: Collection[str]
+    ) -> Mapping[str, float] | None:
+        """None: the sweep chooses."""
+        return None
+
     def prune(self, layer: LayerContext, pattern: Pattern, sparsity: float) -> Pruned:
         """See Pruner."""
         self.check(pattern)
@@ -52,21 +59,31 @@ class SparseGPT:
         weight_T = layer.weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         weight_T[layer.inputs.dead] = 0
         keep_T = torch.ones_like(weight_T, dtype=torch.bool)
+        removed_T = None if layer.removed is None else layer.removed.T
         for start in range(0, len(weight_T), self.block_size):
             stop = min(start + self.block_size, len(weight_T))
             inner = factor[start:stop, start:stop]
             block_T, block_keep_T = weight_T[start:stop], keep_T[start:stop]
+            removed = None if removed_T is None else removed_T[start:stop]
             if group is None:
                 scores = (block_T / inner.diagonal()[:, None]).square()
                 require_finite(scores, layer)
+                scores = rank_first(scores, removed)
                 block_keep_T.copy_(pattern.keep(scores, sparsity, Group.MATRIX))
-            errors_T = _sweep(block_T, block_keep_T, inner, pattern, sparsity)
+            errors_T = _sweep(block_T, block_keep_T, removed, inner, pattern, sparsity)
             weight_T[stop:] -= factor[start:stop, stop:].T @ errors_T
         require_finite(weight_T, layer)
         return Pruned(weight_T.T.to(layer.weight.dtype).contiguous(), keep_T.T.contiguous(), notes)
 
 
-def _sweep(weight_T: Tensor, keep_T: Tensor, factor: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+def _sweep(
+    weight_T: Tensor,
+    keep_T: Tensor,
+    removed_T: Tensor | None,
+    factor: Tensor,
+    pattern: Pattern,
+    sparsity: float,
+) -> Tensor:
     """Go through one block's columns in order, changing `weight_T` and, for N:M, `keep_T` [columns, d_out] in place.
 
     Updates reach a few columns at once and the rest of the block by one product. Returns the errors [columns, d_out].
@@ -81,6 +98,7 @@ def _sweep(weight_T: Tensor, keep_T: Tensor, factor: Tensor, pattern: Pattern, s
             if group is not None and (column - first) % group == 0:
                 chosen = slice(column, column + group)
                 scores = (weight_T[chosen] / factor.diagonal()[chosen, None]).square()
+                scores = rank_first(scores, None if removed_T is None else removed_T[chosen])
                 keep_T[chosen] = pattern.keep(scores.T.contiguous(), sparsity, Group.ROW).T
             weights = weight_T[column]
             torch.div(weights, diagonal[column], out=errors_T[column]).masked_fill_(keep_T[column], 0)

@@ -1,149 +1,160 @@
-"""Reconstruction by gradient: fit a window of pruned blocks to its target, masks held."""
+"""Reconstruction by gradient: minimise an objective over the kept weights, masks held."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reprune.engine.activations import Activations
-from reprune.errors import ConfigError, RunError
-from reprune.model.loading import LoadedModel
-from reprune.reconstruction.losses import LOSSES
+from reprune.errors import RunError
+from reprune.model.device import DevicePlan
+from reprune.reconstruction.masked_lora import MaskedLora
+from reprune.reconstruction.objective import Objective
 from reprune.reconstruction.technique import Technique
-from reprune.reconstruction.trainable import TRAINABLE
+from reprune.reconstruction.trainable import Direct, TrainedBlock, Training
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Inputs and targets of a window, a store a text; sequence i of all texts together is one sample."""
+@dataclass
+class Course:
+    """How a training went: mean loss of each epoch; with a validation text its loss before and after each epoch."""
 
-    inputs: Sequence[Activations]
-    targets: Sequence[Activations]
+    epoch_losses: list[float] = field(default_factory=list)
+    validation_losses: list[float] = field(default_factory=list)
+    best_epoch: int | None = None
 
-    def __len__(self) -> int:
-        return sum(len(text) for text in self.inputs)
-
-    def batch(self, samples: Sequence[int], model: LoadedModel) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some samples, float32, on the device."""
-        rows = [self._locate(sample) for sample in samples]
-        inputs = torch.stack([self.inputs[text].states_NTH[row] for text, row in rows])
-        targets = torch.stack([self.targets[text].states_NTH[row] for text, row in rows])
-        return inputs.to(model.plan.device).float(), targets.to(model.plan.device).float()
-
-    def _locate(self, sample: int) -> tuple[int, int]:
-        for text, store in enumerate(self.inputs):
-            if sample < len(store):
-                return text, sample
-            sample -= len(store)
-        raise AssertionError("sample beyond the last")
+    def told(self) -> dict[str, Any]:
+        """As it is recorded; without validation there is nothing to say of it."""
+        record: dict[str, Any] = {"epoch_losses": self.epoch_losses}
+        if self.validation_losses:
+            record |= {"validation_losses": self.validation_losses, "best_epoch": self.best_epoch}
+        return record
 
 
-def check_lengths(lengths: Sequence[int]) -> None:
-    """Raise ConfigError unless all reconstruction texts have windows of one length: a batch mixes them."""
-    if len(set(lengths)) > 1:
-        raise ConfigError(
-            "reconstruction_data", "its texts have windows of several lengths", value=sorted(set(lengths)),
-            accepted="one length", hint="set the same length on every part",
-        )  # fmt: skip
-
-
-def reconstruct(
-    model: LoadedModel,
-    blocks: range,
-    masks: Mapping[int, Mapping[str, Tensor]],
-    pairs: Pairs,
+def train(
+    objective: Objective,
+    validation: Objective | None,
+    blocks: Sequence[TrainedBlock],
     technique: Technique,
     generator: torch.Generator,
     on_step: Callable[[], None],
-) -> list[float]:
-    """Train the kept weights of `blocks` and return the mean loss of each epoch.
+    place: str,
+) -> Course:
+    """Minimise `objective` over the chosen parameters of `blocks`, which are float32 on the device (see in_float32).
 
-    Trains in float32 whatever the model's dtype and rounds once at the end. Masked weights stay exactly zero.
-    Raises RunError, naming the blocks, when the loss is not finite.
+    Masked weights stay exactly zero. With `validation`, ends after technique.patience epochs without a lower loss on it
+    and leaves the weights of the best epoch, the start being epoch 0. Raises RunError, naming `place`, when the loss is
+    not finite or nothing is trainable.
     """
     from transformers import get_scheduler
 
-    # Recording a call runs a block on the host in the model's dtype, so it comes before the blocks leave either.
-    for size in {min(technique.batch_size, len(pairs)), len(pairs) % technique.batch_size} - {0}:
-        model.call(blocks.start, size, pairs.inputs[0].length)
-    with _in_float32(model, blocks):
-        chosen: list[nn.Parameter] = []
-        held: list[tuple[nn.Parameter, Tensor]] = []
-        for block in blocks:
-            linears = model.linears[block]
-            trained = TRAINABLE[technique.trainable](model.blocks[block], linears)
-            chosen += trained.values()
-            for name, keep in masks[block].items():
-                parameter = trained.get(linears[name].parameter)
-                if parameter is not None:
-                    # A bool factor is cast element by element, at ten times the cost.
-                    held.append((parameter, keep.to(parameter.device, torch.float32)))
-        if not chosen:
+    training: Training = Direct(blocks)
+    if technique.trainable == "masked_lora":
+        training = MaskedLora(blocks, technique.rank, technique.lora_scale, generator)
+    if not training.parameters:
+        raise RunError(f"{place}: no parameter is trainable with trainable={technique.trainable}")
+    optimiser = _optimiser(training.parameters, technique)
+    size = technique.batch_size
+    total = technique.epochs * -(-len(objective) // size)
+    scheduler = get_scheduler(
+        technique.lr_schedule,
+        optimiser,
+        num_warmup_steps=int(technique.warmup * total),
+        num_training_steps=total,
+    )
+    course = Course()
+    best = _Best(training, technique.patience)
+    if validation is not None:
+        best.offer(_mean_loss(validation, size, training), course)
+    for epoch in range(technique.epochs):
+        order = torch.randperm(len(objective), generator=generator).tolist()
+        sum_of_losses = torch.zeros((), device=training.parameters[0].device)
+        for start in range(0, len(order), size):
+            samples = order[start : start + size]
+            loss = objective.loss(samples, training.weights)
+            sum_of_losses += _step(loss, training, optimiser, technique) * len(samples)
+            scheduler.step()
+            on_step()
+        course.epoch_losses.append(float(sum_of_losses) / len(objective))
+        if not isfinite(course.epoch_losses[-1]):
             raise RunError(
-                f"blocks {_named(blocks)}: no parameter is trainable with trainable={technique.trainable}"
+                f"{place}: the reconstruction loss is not finite in epoch {epoch + 1}; "
+                f"lower reconstruction.learning_rate (now {technique.learning_rate:g}) or set clip_norm"
             )
-        for parameter in chosen:
-            parameter.requires_grad_(True)
-        optimiser = _optimiser(chosen, technique)
-        size = technique.batch_size
-        total = technique.epochs * -(-len(pairs) // size)
-        scheduler = get_scheduler(
-            technique.lr_schedule, optimiser, num_warmup_steps=0, num_training_steps=total
-        )
-        loss_of = LOSSES[technique.loss]
-        epochs = []
-        for epoch in range(technique.epochs):
-            order = torch.randperm(len(pairs), generator=generator).tolist()
-            sum_of_losses = torch.zeros((), device=model.plan.device)
-            for start in range(0, len(order), size):
-                samples = order[start : start + size]
-                hidden, target = pairs.batch(samples, model)
-                for block in blocks:
-                    call = model.call(block, len(samples), hidden.shape[1])
-                    hidden = call.in_float32().run(model.blocks[block], hidden)
-                loss = loss_of(hidden, target)
-                optimiser.zero_grad(set_to_none=True)
-                torch.autograd.backward(loss)
-                if technique.clip_norm is not None:
-                    # Only the norm mixes weights, so only here do the gradients of masked weights have to go.
-                    for parameter, keep in held:
-                        if parameter.grad is not None:
-                            parameter.grad.mul_(keep)
-                    nn.utils.clip_grad_norm_(chosen, technique.clip_norm)
-                optimiser.step()
-                with torch.no_grad():
-                    for parameter, keep in held:
-                        parameter.mul_(keep)
-                scheduler.step()
-                sum_of_losses += loss.detach() * len(samples)
-                on_step()
-            epochs.append(float(sum_of_losses) / len(pairs))
-            if not torch.isfinite(sum_of_losses):
-                raise RunError(
-                    f"blocks {_named(blocks)}: the reconstruction loss is not finite in epoch {epoch + 1}; "
-                    f"lower reconstruction.learning_rate (now {technique.learning_rate:g}) or set clip_norm"
-                )
-        return epochs
+        if validation is not None and best.offer(_mean_loss(validation, size, training), course):
+            break
+    if validation is not None:
+        best.restore()
+    training.finish()
+    return course
+
+
+def _step(loss: Tensor, training: Training, optimiser: torch.optim.Optimizer, technique: Technique) -> Tensor:
+    """One step of the optimiser; returns the loss without the anchor."""
+    penalised = loss + technique.anchor * training.distance() if technique.anchor else loss
+    optimiser.zero_grad(set_to_none=True)
+    torch.autograd.backward(penalised)
+    if technique.clip_norm is not None:
+        # Only the norm mixes weights, so only here do the gradients of masked weights have to go.
+        training.mask_gradients()
+        nn.utils.clip_grad_norm_(training.parameters, technique.clip_norm)
+    optimiser.step()
+    training.hold()
+    return loss.detach()
+
+
+@dataclass
+class _Best:
+    """The parameters with the lowest validation loss so far."""
+
+    training: Training
+    patience: int
+    _losses: list[float] = field(default_factory=list)
+    _kept: list[Tensor] = field(default_factory=list)
+
+    def offer(self, loss: float, course: Course) -> bool:
+        """Take note of the loss after one more epoch; whether patience is at its end."""
+        epoch = len(course.validation_losses)
+        course.validation_losses.append(loss)
+        if course.best_epoch is None or loss < course.validation_losses[course.best_epoch]:
+            course.best_epoch = epoch
+            self._kept = [parameter.detach().clone() for parameter in self.training.parameters]
+        return epoch - course.best_epoch >= self.patience
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, kept in zip(self.training.parameters, self._kept, strict=True):
+            parameter.copy_(kept)
+
+
+@torch.no_grad()
+def _mean_loss(objective: Objective, size: int, training: Training) -> float:
+    total = 0.0
+    for start in range(0, len(objective), size):
+        samples = range(start, min(start + size, len(objective)))
+        total += float(objective.loss(samples, training.weights)) * len(samples)
+    return total / len(objective)
 
 
 @contextmanager
-def _in_float32(model: LoadedModel, blocks: range) -> Iterator[None]:
-    """Hold blocks on the device in float32; afterwards they are in the model's dtype and nothing is trainable."""
-    modules = [model.blocks[block] for block in blocks]
-    with model.plan.holding(*modules):
-        for module in modules:
-            module.float()
+def in_float32(plan: DevicePlan, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Hold modules on the device with float32 parameters; afterwards each has its own dtype and none is trainable."""
+    parameters = list({id(own): own for module in modules for own in module.parameters()}.values())
+    dtypes = [parameter.dtype for parameter in parameters]
+    with plan.holding(*modules):
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
         try:
             yield
         finally:
-            for module in modules:
-                module.to(model.plan.dtype)
-                module.requires_grad_(False)
-                module.zero_grad(set_to_none=True)
+            for parameter, dtype in zip(parameters, dtypes, strict=True):
+                parameter.data = parameter.data.to(dtype)
+                parameter.requires_grad_(False)
+                parameter.grad = None
 
 
 def _optimiser(parameters: list[nn.Parameter], technique: Technique) -> torch.optim.Optimizer:
@@ -154,7 +165,3 @@ def _optimiser(parameters: list[nn.Parameter], technique: Technique) -> torch.op
     if technique.optimiser == "adam":
         return torch.optim.Adam(parameters, lr=rate, betas=(first, second), weight_decay=decay, fused=True)
     return torch.optim.SGD(parameters, lr=rate, momentum=first, weight_decay=decay)
-
-
-def _named(blocks: range) -> str:
-    return f"{blocks.start}" if len(blocks) == 1 else f"{blocks.start}–{blocks.stop - 1}"

@@ -1,10 +1,13 @@
-"""Which parameters of a block reconstruction may change; masked weights never do."""
+"""Which parameters of a module reconstruction may change; masked weights never do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from reprune.model.linears import LinearView
 
@@ -23,8 +26,13 @@ def only_linears(block: nn.Module, linears: Mapping[str, LinearView]) -> Paramet
 
 
 def biases_and_norms(block: nn.Module, linears: Mapping[str, LinearView]) -> Parameters:
-    """Everything with one dimension."""
-    return {name: parameter for name, parameter in block.named_parameters() if parameter.dim() == 1}
+    """Everything with one dimension, and the biases of fused experts."""
+    weights = {view.parameter for view in linears.values()}
+    return {
+        name: parameter
+        for name, parameter in block.named_parameters()
+        if parameter.dim() == 1 or (name not in weights and name.endswith("bias"))
+    }
 
 
 def nothing(block: nn.Module, linears: Mapping[str, LinearView]) -> Parameters:
@@ -36,5 +44,119 @@ TRAINABLE: dict[str, Callable[[nn.Module, Mapping[str, LinearView]], Parameters]
     "all": everything,
     "linears": only_linears,
     "bias_norm": biases_and_norms,
+    "masked_lora": only_linears,
     "none": nothing,
 }
+
+
+@dataclass(frozen=True)
+class TrainedBlock:
+    """A block in training: its own parameters that may change, by path, and 0/1 masks of those that are pruned.
+
+    `mask` is float32, shaped like the parameter; a parameter without a mask may change everywhere.
+    """
+
+    number: int
+    parameters: Parameters
+    masks: Mapping[str, Tensor]
+
+
+def choose(
+    number: int,
+    block: nn.Module,
+    linears: Mapping[str, LinearView],
+    keep: Mapping[str, Tensor],
+    trainable: str,
+    only_below: Sequence[str] | None,
+) -> TrainedBlock:
+    """The trainable parameters of a block, all of them or only those of the modules in `only_below`, and their masks."""
+    chosen = {
+        name: parameter
+        for name, parameter in TRAINABLE[trainable](block, linears).items()
+        if only_below is None or any(name.startswith(f"{path}.") for path in only_below)
+    }
+    masks: dict[str, Tensor] = {}
+    for layer, kept in keep.items():
+        view = linears[layer]
+        if view.parameter in chosen:
+            # A bool factor is cast element by element, at ten times the cost.
+            whole = masks.setdefault(view.parameter, torch.ones_like(chosen[view.parameter].detach(), dtype=torch.float32))  # fmt: skip
+            view.of(whole).copy_(kept)
+    return TrainedBlock(number, chosen, masks)
+
+
+class Training(Protocol):
+    """What the optimiser changes, and what that makes of the blocks' weights."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimiser changes."""
+        ...
+
+    def weights(self, block: int) -> dict[str, Tensor]:
+        """Tensors that stand in for the block's own in the forward pass."""
+        ...
+
+    def mask_gradients(self) -> None:
+        """Remove the gradient of what is pruned, for the sake of its norm."""
+        ...
+
+    def hold(self) -> None:
+        """After an optimiser step: what is pruned is zero."""
+        ...
+
+    def distance(self) -> Tensor:
+        """‖θ − θ₀‖²."""
+        ...
+
+    def finish(self) -> None:
+        """Put the trained weights into the blocks."""
+        ...
+
+
+@dataclass
+class Direct:
+    """The blocks' own parameters, trained in place."""
+
+    blocks: Sequence[TrainedBlock]
+    _start: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """See Training."""
+        return [parameter for block in self.blocks for parameter in block.parameters.values()]
+
+    def _masked(self) -> Iterable[tuple[nn.Parameter, Tensor]]:
+        for block in self.blocks:
+            for name, mask in block.masks.items():
+                yield block.parameters[name], mask
+
+    def weights(self, block: int) -> dict[str, Tensor]:
+        """See Training: the blocks hold them themselves."""
+        return {}
+
+    def mask_gradients(self) -> None:
+        """See Training."""
+        for parameter, mask in self._masked():
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """See Training."""
+        for parameter, mask in self._masked():
+            parameter.mul_(mask)
+
+    def distance(self) -> Tensor:
+        """See Training; θ₀ is what the parameters were at the first call."""
+        if not self._start:
+            self._start = [parameter.detach().clone() for parameter in self.parameters]
+        pairs = zip(self.parameters, self._start, strict=True)
+        return torch.stack([(parameter - start).square().sum() for parameter, start in pairs]).sum()
+
+    def finish(self) -> None:
+        """See Training: they are there."""

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
-
-class Schedule(Protocol):
-    """Over how many steps, each with its statistics, the sparsity is reached."""
-
-    def steps(self, sparsity: float) -> Sequence[float]:
-        """Ascending sparsities; the last is `sparsity`."""
-        ...
+from reprune.sparsity.schedule import Masks, ReconstructAt
 
 
 @dataclass(kw_only=True)
 class OneShot:
     """A single step."""
+
+    reconstruct: ClassVar[ReconstructAt] = "end"
+    masks: ClassVar[Masks] = "monotone"
 
     def steps(self, sparsity: float) -> Sequence[float]:
         """See Schedule."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import floor
@@ -34,6 +35,10 @@ class Pattern(Protocol):
 
     def check_shape(self, layer: str, shape: tuple[int, int]) -> None:
         """ConfigError for a layer [d_out, d_in] that cannot hold the pattern."""
+        ...
+
+    def check_steps(self, steps: Sequence[float]) -> None:
+        """ConfigError for sparsities of a schedule's rounds that the pattern cannot take one after the other."""
         ...
 
     def keep(self, scores: Tensor, sparsity: float, within: Group) -> Tensor:
@@ -82,6 +87,9 @@ class Unstructured:
 
     def check_shape(self, layer: str, shape: tuple[int, int]) -> None:
         """Every shape will do."""
+
+    def check_steps(self, steps: Sequence[float]) -> None:
+        """Every number of rounds will do."""
 
     def keep(self, scores: Tensor, sparsity: float, within: Group) -> Tensor:
         """See Pattern."""
@@ -134,7 +142,20 @@ class KeptOfGroup:
                 accepted=f"a divisor of {shape[1]}",
             )
 
+    def check_steps(self, steps: Sequence[float]) -> None:
+        """Every round must remove at least one weight more of a group, the last group − kept in all."""
+        counts = [count_removed(self.group, step) for step in steps]
+        if counts[-1] != self.group - self.kept or any(b <= a for a, b in zip([0, *counts], counts, strict=False)):  # fmt: skip
+            raise ConfigError(
+                "schedule",
+                f"its rounds remove {', '.join(map(str, counts))} weights of a group: {self.kept}:{self.group} "
+                "has to remove more in every round",
+                value=", ".join(f"{step:.3g}" for step in steps),
+                accepted=f"at most {self.group - self.kept} rounds",
+                hint="schedule=one_shot, fewer rounds, or schedule.shape=linear",
+            )
+
     def keep(self, scores: Tensor, sparsity: float, within: Group) -> Tensor:
-        """See Pattern; `within` does not matter, the group decides."""
+        """See Pattern; `within` does not matter, the group decides; `sparsity` is met to a whole weight of a group."""
         grouped = scores.reshape(-1, self.group)
-        return keep_highest(grouped, self.group - self.kept).reshape(scores.shape)
+        return keep_highest(grouped, count_removed(self.group, sparsity)).reshape(scores.shape)

@@ -1,0 +1,160 @@
+"""What is known of a model without its weights, and what a run of it takes in memory and on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from reprune.calibration.gather import Request
+from reprune.calibration.roles import Texts
+from reprune.errors import ConfigError
+from reprune.model.checkpoint import ModelSource
+from reprune.model.device import DevicePlan
+from reprune.model.linears import linears_of
+from reprune.model.loading import skeleton
+from reprune.model.targets import targeted
+from reprune.pruning.contract import LayerShape
+from reprune.reconstruction.technique import Technique
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model's sizes and prunable layers ('block.name'); `targets` are those that the run prunes."""
+
+    num_blocks: int
+    hidden_size: int
+    num_parameters: int
+    num_block_parameters: int
+    layers: dict[str, LayerShape]
+    targets: list[str]
+    max_length: int | None
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(d_out, d_in) by layer."""
+        return {name: layer.shape for name, layer in self.layers.items()}
+
+    @property
+    def target_layers(self) -> dict[str, LayerShape]:
+        """The layers that are pruned."""
+        return {name: self.layers[name] for name in self.targets}
+
+    @property
+    def num_prunable(self) -> int:
+        """Weights of all prunable layers, whether they are pruned or not."""
+        return sum(d_out * d_in for d_out, d_in in self.linears.values())
+
+    @property
+    def num_weights(self) -> dict[str, int]:
+        """Weights by layer, of those that are pruned."""
+        return {name: layer.shape[0] * layer.shape[1] for name, layer in self.target_layers.items()}
+
+
+def shapes_of(source: ModelSource, targets: str, target_blocks: str) -> Shapes:
+    """The shapes of a model. ConfigError for one without prunable layers, and for targets that hit none."""
+    model, blocks = skeleton(source)
+    hidden = model.config.get_text_config().hidden_size
+    [root] = [path for path, module in model.named_modules() if module is blocks]
+    views = [linears_of(block) for block in blocks]
+    layers = {}
+    for index, (block, own) in enumerate(zip(blocks, views, strict=True)):
+        for name, view in own.items():
+            whole = block.get_parameter(view.parameter).dim() == 2
+            key = f"{root}.{index}.{view.parameter}" if whole else None
+            layers[f"{index}.{name}"] = LayerShape(view.shape, view.transposed, key, view.is_expert)
+    if not layers:
+        raise ConfigError("model", "its blocks have no linear layers that can be pruned", value=source.name)
+    return Shapes(
+        num_blocks=len(blocks),
+        hidden_size=int(hidden),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_block_parameters=sum(parameter.numel() for parameter in blocks.parameters()),
+        layers=layers,
+        targets=targeted(list(blocks), views, targets, target_blocks),
+        max_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+    )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Expected peaks of a run in bytes: host memory with activations in it, disk without them, activations alone."""
+
+    memory: int
+    disk: int
+    activations: int
+
+    @property
+    def activations_on_disk(self) -> bool:
+        """Whether activations are too large to rest in memory beside the model."""
+        return self.activations > psutil.virtual_memory().available // 2
+
+
+def sizes_of(
+    texts: Texts,
+    waiting: list[Request],
+    shapes: Shapes,
+    technique: Technique,
+    device: DevicePlan,
+    num_rounds: int,
+    exports_model: bool,
+) -> Sizes:
+    """Weights, activations, statistics, dense copies and training state; block states and export."""
+    width = torch.finfo(device.dtype).bits // 8
+    window = technique.window or shapes.num_blocks
+    tokens = sum(text.tokens_NT.numel() for text in texts.all)
+    tokens += sum((request.source.num_sequences or 0) * (request.source.length or 0) for request in waiting)
+    # Dense boundaries of a window, the pruned chain, and one being written.
+    activations = tokens * shapes.hidden_size * (window + 1 + 3) * width
+    weights = shapes.num_parameters * width
+    block = shapes.num_block_parameters // shapes.num_blocks
+    # Float32 weights, gradient and two moments.
+    training = block * window * 16 if technique.trains else 0
+    dense = block * window * width if technique.needs_dense_weights or num_rounds > 1 else 0
+    memory = weights + activations + training + dense + _statistics(shapes) + 700 * 2**20
+    disk = shapes.num_block_parameters * width * 17 // 16 + 64 * 2**20 + (weights if exports_model else 0)
+    return Sizes(memory, disk, activations)
+
+
+def _statistics(shapes: Shapes) -> int:
+    """Grams that are there at once, float32: of one block, every expert's, and of the others about three."""
+    by_block: Counter[str] = Counter()
+    for name, layer in shapes.layers.items():
+        if layer.expert:
+            by_block[name.split(".")[0]] += layer.shape[1] ** 2
+    experts = max(by_block.values(), default=0)
+    largest = max((layer.shape[1] ** 2 for layer in shapes.layers.values() if not layer.expert), default=0)
+    return 4 * (experts + 3 * largest)
+
+
+def check_room(sizes: Sizes, output_dir: Path, model: str) -> None:
+    """ConfigError for a run that memory or disk have no room for."""
+    available = psutil.virtual_memory().available
+    elsewhere = sizes.activations if sizes.activations_on_disk else 0
+    if sizes.memory - elsewhere > available:
+        raise ConfigError(
+            "model",
+            f"this run needs about {(sizes.memory - elsewhere) / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free",
+            value=model,
+            hint="use fewer or shorter sequences, dtype=bfloat16, or a smaller model",
+        )
+    free = shutil.disk_usage(existing(output_dir)).free
+    if sizes.disk + elsewhere > free:
+        raise ConfigError(
+            "output_dir",
+            f"this run needs about {(sizes.disk + elsewhere) / 2**30:.1f} GiB on disk, {free / 2**30:.1f} GiB are free there",
+            value=output_dir,
+            hint="free space or choose another output_dir",
+        )
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
