@@ -50,6 +50,10 @@ class PruningPlan:
         views = model.linears[block]
         return {name: view for name, view in views.items() if f"{block}.{name}" in self.rounds[-1]}
 
+    def removes_from(self, block: int) -> bool:
+        """Whether a block loses any weight."""
+        return any(share > 0 for name, share in self.rounds[-1].items() if name.startswith(f"{block}."))
+
 
 @dataclass(frozen=True)
 class BlockPruning:

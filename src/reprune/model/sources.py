@@ -20,8 +20,8 @@ from reprune.model.checkpoint import content_identity, converted_from_pickle, we
 class WheelModel:
     """A GGUF file in one or several wheels, dequantised once to float32 safetensors in the cache.
 
-    `packages`, `versions`-in-common, `sha256` and `members` run in parallel; several members are chunks of one
-    file, joined in order.
+    `packages`, `sha256` and `members` run in parallel and have one `version`; several members are chunks of one file,
+    joined in order.
     """
 
     name: str
