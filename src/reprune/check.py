@@ -119,7 +119,7 @@ def check(composed: Composed) -> RunPlan:
     tokenizer = load_tokenizer(source)
     shapes = shapes_of(source, config["targets"], config["target_blocks"])
     windows_over(shapes.num_blocks, technique.window, technique.stride)
-    _check_experts(technique, shapes)
+    _check_experts(technique, shapes, len(schedule.steps(sparsity)))
     if pruner.needs.prunes:
         pruner.check(pattern)
         for name, layer in shapes.target_layers.items():
@@ -228,9 +228,11 @@ def _technique_identity(technique: Technique) -> dict[str, Any]:
     return {name: fields[name] for name in names}
 
 
-def _check_experts(technique: Technique, shapes: Shapes) -> None:
+def _check_experts(technique: Technique, shapes: Shapes, num_rounds: int) -> None:
     """ConfigError for least squares between two chains that send a token to different experts."""
-    if technique.layerwise is None or technique.target_chain == "sparse" or technique.input_chain == "dense":
+    if technique.layerwise is None or technique.target_chain == "sparse":
+        return
+    if technique.solves_on_dense_inputs(num_rounds - 1):
         return
     experts = [name for name, layer in shapes.target_layers.items() if layer.expert]
     if experts:

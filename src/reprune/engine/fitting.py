@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,8 @@ class Fit:
     """Blocks [first, stop) that are trained together, or one submodule of a block.
 
     `masks` are the keep masks by block and layer (stored layout), `dense_weights` the parameters of blocks before they
-    were pruned; `purpose` names the random stream of the order of samples.
+    were pruned; `purpose` names the random stream of the order of samples; `thinned` are the layers of the first block
+    that lost weights.
     """
 
     chains: Chains
@@ -39,6 +40,7 @@ class Fit:
     seed: int
     purpose: tuple[int, ...]
     on_step: Callable[[], None]
+    thinned: Sequence[str]
     submodule: Submodule | None = None
 
     def run(self) -> dict[str, Any]:
@@ -127,9 +129,8 @@ class Fit:
         return f"block {blocks.start}" + (f", {self.submodule.name}" if self.submodule else "")
 
 
-def submodules_of(model: LoadedModel, block: int, masks: Iterable[str]) -> list[Submodule]:
-    """The submodules of a block in which one of the layers in `masks` lies."""
-    layers = list(masks)
+def submodules_of(model: LoadedModel, block: int, layers: Sequence[str]) -> list[Submodule]:
+    """The submodules of a block in which one of `layers` lies."""
     return [
         submodule
         for submodule in model.submodules(block)
@@ -140,10 +141,10 @@ def submodules_of(model: LoadedModel, block: int, masks: Iterable[str]) -> list[
 
 
 def fits_of(fit: Fit) -> Iterator[Fit]:
-    """The window itself, or with `granularity: submodule` those parts of its one block in which a layer is pruned."""
+    """The window itself, or with `granularity: submodule` those parts of its one block that lost weights."""
     if fit.technique.granularity == "block":
         yield fit
         return
     [block] = fit.blocks
-    for submodule in submodules_of(fit.chains.model, block, fit.masks[block]):
+    for submodule in submodules_of(fit.chains.model, block, fit.thinned):
         yield replace(fit, submodule=submodule)

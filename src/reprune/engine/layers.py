@@ -50,9 +50,11 @@ class PruningPlan:
         views = model.linears[block]
         return {name: view for name, view in views.items() if f"{block}.{name}" in self.rounds[-1]}
 
-    def removes_from(self, block: int) -> bool:
-        """Whether a block loses any weight."""
-        return any(share > 0 for name, share in self.rounds[-1].items() if name.startswith(f"{block}."))
+    def thinned(self, block: int) -> list[str]:
+        """The layers of a block that lose any weight, by name within it."""
+        above = f"{block}."
+        named = self.rounds[-1].items()
+        return [name.removeprefix(above) for name, share in named if share > 0 and name.startswith(above)]
 
 
 @dataclass(frozen=True)
@@ -143,23 +145,23 @@ class BlockPruning:
         if technique.layerwise is None:
             return {}
         own = dict(statistics)
+        students = self.inputs if technique.input_chain == "sparse" else self.dense_inputs
         if not (self._solver_shares_statistics and statistics):
-            chain = self.inputs if technique.input_chain == "sparse" else self.dense_inputs
-            own = collect(self.chains, self.block, chain, self.texts.reconstruction, group, True)
-        if technique.input_chain == "dense" or technique.target_chain == "sparse":
+            own = collect(self.chains, self.block, students, self.texts.reconstruction, group, True)
+        if technique.target_chain == "sparse" or technique.solves_on_dense_inputs(self.number):
             return {name: (found, None) for name, found in own.items()}
         leaders = {id(found): name for name, found in reversed(own.items())}
-        pairs = self._collect_pairs({name: group[name] for name in leaders.values()})
+        pairs = self._collect_pairs(students, {name: group[name] for name in leaders.values()})
         return {name: (found, pairs[leaders[id(found)]]) for name, found in own.items()}
 
-    def _collect_pairs(self, views: Views) -> dict[str, PairStatistics]:
-        """Σ x̂ xᵀ of some layers: x̂ in the block as it is on the pruned chain, x in the dense block on the dense chain."""
+    def _collect_pairs(self, students: Boundary, views: Views) -> dict[str, PairStatistics]:
+        """Σ x̂ xᵀ of some layers: x̂ in the block as it is on `students`, x in the dense block on the dense chain."""
         model, plan = self.chains.model, self.chains.model.plan
         module = model.blocks[self.block]
         found = {name: PairStatistics() for name in views}
         dense = {name: tensor.to(plan.device) for name, tensor in self.dense_weights.items()}
         for text in self.texts.reconstruction:
-            student, teacher = self.inputs[text.key], self.dense_inputs[text.key]
+            student, teacher = students[text.key], self.dense_inputs[text.key]
             for where in student.batches(plan.sequences_a_pass(student.length)):
                 hidden = student.read(where, plan)
                 call = model.call(self.block, len(hidden), student.length)

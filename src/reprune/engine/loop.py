@@ -126,7 +126,7 @@ class BlockLoop:
     def _trains(self, window: BlockWindow) -> bool:
         """A window that loses nothing has nothing to restore, and Adam would make full steps of rounding errors."""
         blocks = range(window.first, window.stop)
-        return self.technique.trains and any(map(self.pruning.removes_from, blocks))
+        return self.technique.trains and any(map(self.pruning.thinned, blocks))
 
     def _num_steps(self, window: BlockWindow) -> int:
         if not self._trains(window):
@@ -134,8 +134,8 @@ class BlockLoop:
         samples = sum(len(text.tokens_NT) for text in self.texts.reconstruction)
         trainings = len(list(self._rounds(window))) if self._trains_each_round else 1
         if self.technique.granularity == "submodule":
-            layers = self.pruning.layers(self.model, window.first)
-            trainings *= len(submodules_of(self.model, window.first, layers))
+            thinned = self.pruning.thinned(window.first)
+            trainings *= len(submodules_of(self.model, window.first, thinned))
         return trainings * self.technique.epochs * -(-samples // self.technique.batch_size)
 
     def _prune(self, chains: Chains, window: BlockWindow, number: int | None) -> Boundary:
@@ -193,6 +193,7 @@ class BlockLoop:
                 seed=self.seed_training,
                 purpose=(window.index, *([number] if number else [])),
                 on_step=self.listener.step,
+                thinned=self.pruning.thinned(window.first),
             )
             trained = [part.run() for part in fits_of(fit)]
         for told in trained:

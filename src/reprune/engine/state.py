@@ -106,11 +106,12 @@ def _load(path: Path, model: LoadedModel, masks: dict[int, dict[str, Tensor]]) -
         for key in stream.keys():  # noqa: SIM118 (a safetensors file, not a dict)
             kind, number, name = key.split(".", 2)
             block = int(number)
+            own = masks.setdefault(block, {})  # a block of which nothing is pruned has an entry too
             if kind == "weights":
                 model.blocks[block].state_dict()[name].copy_(stream.get_tensor(key))
             else:
                 shape = model.linears[block][name].stored.shape
-                masks.setdefault(block, {})[name] = unpack(stream.get_tensor(key), shape)
+                own[name] = unpack(stream.get_tensor(key), shape)
         metadata: dict[str, str] = stream.metadata()
     return metadata
 

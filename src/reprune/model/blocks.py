@@ -65,7 +65,11 @@ class BlockCall:
         positional = (hidden_BTH, *self.positional)
         if until is not None:
             with _stopping_at(block.get_submodule(until)) as reached:
-                return reached(lambda: functional_call(block, dict(weights or {}), positional, self.keywords))
+                output = reached(
+                    lambda: functional_call(block, dict(weights or {}), positional, self.keywords)
+                )
+            # Inside the block tokens may lie in one long row, as in OPT's MLP.
+            return output.reshape(hidden_BTH.shape)
         if weights:
             return hidden_of(functional_call(block, dict(weights), positional, self.keywords))
         return hidden_of(block(*positional, **self.keywords))

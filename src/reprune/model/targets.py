@@ -17,11 +17,12 @@ _MIXES_TOKENS = re.compile(r"attention|attn|mixer|mamba|conv", re.IGNORECASE)
 _BLOCKS = re.compile(r"all|(first|last):(\d+)|(\d*):(\d*)")
 
 
-def mixes_tokens(block: nn.Module, layer: str) -> bool:
+def mixes_tokens(block: nn.Module, view: LinearView) -> bool:
     """Whether a layer of a block belongs to its attention (or to what stands in its place), by name or class."""
-    parts = layer.split(".")
-    paths = [".".join(parts[: end + 1]) for end in range(len(parts) - 1)]
-    names = [*parts[:-1], *(type(block.get_submodule(path)).__name__ for path in paths)]
+    holder = view.parameter.rpartition(".")[0]
+    parts = (holder if view.index is not None else holder.rpartition(".")[0]).split(".")
+    paths = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    names = [*parts, *(type(block.get_submodule(path)).__name__ for path in paths if path)]
     return any(_MIXES_TOKENS.search(name) for name in names)
 
 
@@ -41,13 +42,15 @@ def targeted(blocks: Sequence[nn.Module], views: Sequence[dict[str, LinearView]]
                 "no layer has such a name",
                 value=pattern,
                 accepted=[*KINDS, *_without_numbers(names)],
-                hint=did_you_mean(pattern, [*KINDS, *names]),
+                hint=f"'{pattern}' stands alone: targets={pattern}"
+                if pattern in KINDS
+                else did_you_mean(pattern, [*KINDS, *names]),
             )
     found = []
     for index in chosen:
         for name in views[index]:
             if targets in {"attention", "mlp"}:
-                hit = mixes_tokens(blocks[index], name) == (targets == "attention")
+                hit = mixes_tokens(blocks[index], views[index][name]) == (targets == "attention")
             else:
                 hit = targets == "all" or any(_matches(name, pattern) for pattern in patterns)
             if hit:
@@ -64,7 +67,9 @@ def targeted(blocks: Sequence[nn.Module], views: Sequence[dict[str, LinearView]]
 
 def blocks_chosen(num_blocks: int, which: str) -> range:
     """The blocks that 'all', 'first:N', 'last:N' or 'A:B' stands for. ConfigError for anything else."""
-    accepted = f"all, first:N, last:N (N from 1 to {num_blocks}), A:B (blocks A to B−1, from 0)"
+    accepted = (
+        f"all, first:N, last:N (N from 1 to {num_blocks}), A:B (blocks A to B−1, from 0; in YAML in quotes)"
+    )
     match = _BLOCKS.fullmatch(which)
     if match is None:
         raise ConfigError("target_blocks", "not understood", value=which, accepted=accepted)

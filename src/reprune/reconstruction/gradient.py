@@ -70,6 +70,10 @@ def train(
     best = _Best(training, technique.patience)
     if validation is not None:
         best.offer(_mean_loss(validation, size, training), course)
+        if not isfinite(course.validation_losses[0]):
+            raise RunError(
+                f"{place}: the loss on the validation text {technique.stop_on} is not finite before training"
+            )
     for epoch in range(technique.epochs):
         order = torch.randperm(len(objective), generator=generator).tolist()
         sum_of_losses = torch.zeros((), device=training.parameters[0].device)

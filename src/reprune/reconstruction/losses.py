@@ -40,7 +40,10 @@ def inverse_energy(target_BTH: Tensor) -> Tensor:
 
 
 def capped_energy(target_BTH: Tensor) -> Tensor:
-    """w_t = min(1, median_t ‖h‖² / ‖h_t‖²), the median of the token's own sequence: only massive tokens count less."""
+    """w_t = min(1, median_t ‖h‖² / ‖h_t‖²), the median of the token's own sequence.
+
+    Tokens above the median count as much as the median one, so that a massive activation cannot dominate.
+    """
     energy_BT = target_BTH.square().sum(dim=-1)
     return (energy_BT.median(dim=-1, keepdim=True).values / energy_BT).clamp(max=1)
 

@@ -13,6 +13,9 @@ from reprune.reconstruction.least_squares import LeastSquares
 LR_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 """Those of transformers.get_scheduler that need nothing but the number of steps."""
 
+POLYNOMIAL_END = 1e-7
+"""The last learning rate of transformers' polynomial schedule."""
+
 LANGUAGE = "cross_entropy"
 """The loss that needs the whole model: next-token cross-entropy instead of a distance to the dense output."""
 
@@ -108,6 +111,20 @@ class Technique:
                 f"larger than the window of {self.window}: blocks would be left out",
                 value=self.stride,
             )
+        if self.lr_schedule == "constant" and self.warmup:
+            raise ConfigError(
+                "warmup",
+                "a constant learning rate has no warmup",
+                value=self.warmup,
+                accepted="0 with lr_schedule=constant",
+                hint="lr_schedule=constant_with_warmup",
+            )
+        if self.lr_schedule == "polynomial" and not self.learning_rate > POLYNOMIAL_END:
+            raise ConfigError(
+                "learning_rate",
+                f"a polynomial schedule ends at {POLYNOMIAL_END:g}, below which it cannot begin",
+                value=self.learning_rate,
+            )
         if self.granularity == "submodule" and self.window != 1:
             raise ConfigError(
                 "window",
@@ -145,3 +162,7 @@ class Technique:
         """Whether dense weights of a block are read after the block was pruned."""
         own_targets = self.target_chain == "sparse" or self.granularity == "submodule"
         return self.layerwise is not None or (self.trains and own_targets and self.loss != LANGUAGE)
+
+    def solves_on_dense_inputs(self, number: int) -> bool:
+        """Whether the layers that are solved in round `number` see what they see in the dense chain: the block is dense."""
+        return self.input_chain == "dense" and self.within_block == "together" and number == 0
