@@ -42,11 +42,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "qwen3": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "sliding_window": 4},
-    "gemma3_text": {
-        "head_dim": 8,
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
+    "gemma3_text": {"head_dim": 8, "sliding_window": 4, "sliding_window_pattern": 2},
     "phi3": {"sliding_window": None},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "gpt2": {},

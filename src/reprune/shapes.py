@@ -16,7 +16,7 @@ from reprune.errors import ConfigError
 from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan
 from reprune.model.linears import linears_of
-from reprune.model.loading import skeleton
+from reprune.model.loading import hidden_size_of, skeleton
 from reprune.model.targets import targeted
 from reprune.pruning.contract import LayerShape
 from reprune.reconstruction.technique import Technique
@@ -58,7 +58,6 @@ class Shapes:
 def shapes_of(source: ModelSource, targets: str, target_blocks: str) -> Shapes:
     """The shapes of a model. ConfigError for one without prunable layers, and for targets that hit none."""
     model, blocks = skeleton(source)
-    hidden = model.config.get_text_config().hidden_size
     [root] = [path for path, module in model.named_modules() if module is blocks]
     views = [linears_of(block) for block in blocks]
     layers = {}
@@ -71,7 +70,7 @@ def shapes_of(source: ModelSource, targets: str, target_blocks: str) -> Shapes:
         raise ConfigError("model", "its blocks have no linear layers that can be pruned", value=source.name)
     return Shapes(
         num_blocks=len(blocks),
-        hidden_size=int(hidden),
+        hidden_size=hidden_size_of(model),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_block_parameters=sum(parameter.numel() for parameter in blocks.parameters()),
         layers=layers,

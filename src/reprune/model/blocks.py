@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch.func import functional_call
 from reprune.errors import ConfigError, RunError
 
 
-def find_blocks(model: nn.Module, num_blocks: int, path: str | None) -> nn.ModuleList:
-    """The ModuleList at `path`, else the one of `num_blocks` modules with the most parameters.
+def find_blocks(model: nn.Module, num_blocks: int | None, path: str | None) -> nn.ModuleList:
+    """The ModuleList at `path`, else the one of `num_blocks` modules with the most parameters (None: not known).
 
     Raises ConfigError, naming the key to set, when there is none.
     """
@@ -28,9 +29,10 @@ def find_blocks(model: nn.Module, num_blocks: int, path: str | None) -> nn.Modul
         return lists[path]
     fitting = [module for module in lists.values() if len(module) == num_blocks]
     if not fitting:
+        says = f"says it has {num_blocks} blocks, but no list of modules has that length"
         raise ConfigError(
             "model.blocks_path",
-            f"the model says it has {num_blocks} blocks, but no list of modules has that length",
+            f"the model {says if num_blocks is not None else 'does not say how many blocks it has'}",
             accepted=[f"{name} ({len(module)})" for name, module in lists.items()],
             hint="set model.blocks_path to the dotted path of the list of blocks",
         )
@@ -129,13 +131,14 @@ class _Recorder:
 
     def stand_in(self, block: nn.Module) -> Any:
         real = block.forward
+        first = next(iter(signature(real).parameters))
 
         def record(*positional: Any, **keywords: Any) -> Any:
             if positional:
                 hidden, rest = positional[0], positional[1:]
             else:
                 keywords = dict(keywords)
-                hidden, rest = keywords.pop("hidden_states"), ()
+                hidden, rest = keywords.pop("hidden_states" if "hidden_states" in keywords else first), ()
             if self.first_hidden is None:
                 self.first_hidden = hidden
             self.calls.append(BlockCall(rest, keywords))

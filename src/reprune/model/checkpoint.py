@@ -54,12 +54,11 @@ def weight_files(folder: Path, key: str, allow_bin: bool) -> WeightFiles:
         raise ConfigError(
             key, "this folder has no config.json", value=folder, accepted="a saved transformers model"
         )
-    safe = tuple(sorted(folder.glob("model*.safetensors")))
+    safe = _safetensors(folder, key)
     if safe:
-        complete = _complete(folder, safe, key)
-        for path in complete:
+        for path in safe:
             _check_header(path, key)
-        return WeightFiles(complete, pickled=False)
+        return WeightFiles(safe, pickled=False)
     pickles = tuple(sorted(folder.glob("pytorch_model*.bin")))
     if pickles and not allow_bin:
         raise ConfigError(
@@ -85,8 +84,11 @@ def _check_header(path: Path, key: str) -> None:
         ) from error
 
 
-def _complete(folder: Path, files: tuple[Path, ...], key: str) -> tuple[Path, ...]:
-    index = folder / "model.safetensors.index.json"
+def _safetensors(folder: Path, key: str) -> tuple[Path, ...]:
+    """The files that transformers reads: the single one, else those that the index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return (single,)
     if index.is_file():
         named = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
         missing = sorted(path.name for path in named if not path.is_file())
@@ -95,7 +97,15 @@ def _complete(folder: Path, files: tuple[Path, ...], key: str) -> tuple[Path, ..
                 key, f"weight files named in the index are missing: {', '.join(missing)}", value=folder
             )
         return tuple(sorted(named))
-    return files
+    shards = sorted(folder.glob("model-*.safetensors"))
+    if shards:
+        raise ConfigError(
+            key,
+            f"its weight files ({shards[0].name} …) have no index",
+            value=folder,
+            accepted="model.safetensors, or model.safetensors.index.json and the files it names",
+        )
+    return ()
 
 
 def content_identity(files: WeightFiles, config: Path) -> dict[str, Any]:

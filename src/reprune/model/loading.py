@@ -149,7 +149,7 @@ def skeleton(source: ModelSource) -> tuple[Any, nn.ModuleList]:
             f"no causal language model can be made of its config: {_first_line(error).split('<class')[0].strip()}",
             value=f"{source.name} ({config.model_type})",
         ) from error
-    return model, find_blocks(model, config.get_text_config().num_hidden_layers, source.blocks_path)
+    return model, find_blocks(model, _num_blocks(config), source.blocks_path)
 
 
 def load_model(source: ModelSource, tokenizer: Any, plan: DevicePlan) -> LoadedModel:
@@ -175,9 +175,19 @@ def load_model(source: ModelSource, tokenizer: Any, plan: DevicePlan) -> LoadedM
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    num_blocks = model.config.get_text_config().num_hidden_layers
-    blocks = find_blocks(model, num_blocks, source.blocks_path)
+    blocks = find_blocks(model, _num_blocks(model.config), source.blocks_path)
     return LoadedModel(source.name, model, tokenizer, blocks, plan, source.identity())
+
+
+def _num_blocks(config: Any) -> int | None:
+    number: int | None = getattr(config.get_text_config(), "num_hidden_layers", None)
+    return number
+
+
+def hidden_size_of(model: Any) -> int:
+    """The width of the hidden states: what the config says, else that of the embedding."""
+    said = getattr(model.config.get_text_config(), "hidden_size", None)
+    return int(said or model.get_input_embeddings().weight.shape[1])
 
 
 def adds_bos(tokenizer: Any) -> bool:
