@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from conftest import MakeModel
 from helpers import plan_of, run_tiny, write_documents
 from reprune.calibration.roles import Texts
 from reprune.engine import fitting
-from reprune.errors import ConfigError
+from reprune.errors import ConfigError, RunError
 from reprune.model.loading import LoadedModel
 from reprune.pruning.contract import Pruner
 from reprune.pruning.magnitude import Magnitude
@@ -26,9 +26,10 @@ from reprune.reconstruction.objective import WindowObjective
 from reprune.reconstruction.technique import Technique
 from reprune.sparsity.iterative import Iterative
 from reprune.sparsity.schedule import Schedule
-from support import block_loop, preset, random_text, some_texts, state_of
+from support import block_loop, changed, preset, random_text, some_texts, state_of
 
 State = dict[str, Tensor]
+LAYERWISE = {"_target_": "reprune.reconstruction.least_squares.LeastSquares"}
 EXACT = {"_target_": "reprune.reconstruction.least_squares.LeastSquares", "solver": "exact"}
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Layers of a Llama block that are computed at the same moment, in order."""
@@ -563,7 +564,7 @@ def test_what_makes_a_run_another(tmp_path: Path) -> None:
         return plan_of(tmp_path / "out", *choices).folder.id.rsplit("-", 1)[1]
 
     none = folder("reconstruction=none")
-    idle = ["epochs=3", "learning_rate=1", "batch_size=5", "window=2", "anchor=1"]
+    idle = ["epochs=3", "learning_rate=1", "batch_size=5", "window=2", "weight_decay=1"]
     chains = ["target_chain=sparse", "input_chain=dense"]
     assert folder("reconstruction=none", *(f"reconstruction.{field}" for field in idle + chains)) == none
     assert folder("reconstruction=br", "reconstruction.epochs=0") == none
@@ -578,8 +579,26 @@ def test_what_makes_a_run_another(tmp_path: Path) -> None:
         folder("reconstruction=least_squares", "reconstruction.layerwise.solver=exact"),
         folder("reconstruction=least_squares", "reconstruction.within_block=sequential"),
         folder("reconstruction=br"),
+        # Rounds go over all blocks that are new in a window.
+        folder("reconstruction=none", "schedule=iterative"),
+        folder("reconstruction=none", "schedule=iterative", "reconstruction.window=2"),
+        folder("reconstruction=none", "schedule=iterative", "schedule.masks=free"),
+        folder("reconstruction=least_squares", "schedule=iterative", "schedule.reconstruct=end"),
+        folder("reconstruction=least_squares", "schedule=iterative"),
     ]
     assert len({none, solved, *heeded}) == 2 + len(heeded)
+    trained = folder("reconstruction=br")
+    for unread in (
+        "reconstruction.rank=3",
+        "reconstruction.patience=7",
+        "schedule=iterative schedule.rounds=1",
+    ):
+        assert folder("reconstruction=br", *unread.split()) == trained
+    by_magnitude = folder("reconstruction=br", "pruner=magnitude")
+    assert (
+        folder("reconstruction=br", "pruner=magnitude", "reconstruction.statistics_chain=dense")
+        == by_magnitude
+    )
 
 
 VALIDATION = ("+calibration@validation.choose=vocabulary", "validation.choose.num_sequences=2",
@@ -636,3 +655,77 @@ def test_a_pair_counts_tokens_that_belong_together() -> None:
     expected = torch.einsum("bti,btj->ij", student, teacher)
     torch.testing.assert_close(pair.cross, expected)
     assert not torch.allclose(expected, expected.T, atol=0.1)
+
+
+def test_singular_least_squares_are_damped_and_told(make_model: MakeModel, tmp_path: Path) -> None:
+    """Catches fewer tokens than inputs without dampening: weights that blow up, recorded as if they were a result."""
+    texts = Texts(mask=[random_text("mask", num_sequences=1, length=8)])
+    texts.reconstruction = texts.mask
+    errors = {}
+    for solver in ("conjugate_gradients", "exact"):
+        technique = preset("least_squares", layerwise={**LAYERWISE, "damp": 0.0, "solver": solver})
+        rows, _ = block_loop(
+            make_model("llama", num_blocks=1),
+            tmp_path / solver,
+            texts=texts,
+            pruner=Wanda(),
+            technique=technique,
+        ).run()
+        told = rows[0]["layers"]["mlp.down_proj"]["least_squares"]["notes"]
+        assert "singular" in told[0]
+        errors[solver] = rows[0]["after"]["calibration"]["mask"]["error"]
+    assert errors["exact"] == pytest.approx(errors["conjugate_gradients"], rel=1e-2)
+
+
+@pytest.mark.parametrize("reconstruct", ["end", "each_round"])
+def test_rounds_are_solved_when_the_schedule_says(
+    make_model: MakeModel, tmp_path: Path, reconstruct: str
+) -> None:
+    """Catches `reconstruct=end` that solves in every round, so that later masks are chosen on solved weights."""
+    model = make_model("llama", num_blocks=1)
+    schedule = Iterative(rounds=3, shape="linear", reconstruct=reconstruct)  # type: ignore[arg-type]
+    loop = block_loop(model, tmp_path, pruner=Wanda(), technique=preset("least_squares"), schedule=schedule)
+    _, masks = loop.run()
+    plain = make_model("llama", num_blocks=1)
+    _, chosen = block_loop(plain, tmp_path / "plain", pruner=Wanda(), schedule=schedule).run()
+    same = all(torch.equal(masks[0][name], chosen[0][name]) for name in masks[0])
+    assert same == (reconstruct == "end")
+
+
+def test_a_layer_that_loses_nothing_is_not_solved(make_model: MakeModel, tmp_path: Path) -> None:
+    """Catches rounding written into a dense model."""
+    for number, choices in enumerate(
+        ({"target_chain": "dense"}, {"layerwise": {**LAYERWISE, "solver": "exact"}})
+    ):
+        model = make_model("llama")
+        before = state_of(model.model)
+        technique = preset("least_squares", **choices)
+        block_loop(model, tmp_path / str(number), sparsity=0.0, technique=technique).run()
+        assert changed(before, model.model) == set()
+
+
+def test_remarks_of_every_round_are_kept(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a factorisation that failed in the first round and is forgotten by the second."""
+    plain = Magnitude.prune
+
+    def remark(self: Magnitude, layer: Any, pattern: Any, sparsity: float) -> Any:
+        return replace(plain(self, layer, pattern, sparsity), notes=[f"at {sparsity:g}"])
+
+    monkeypatch.setattr(Magnitude, "prune", remark)
+    schedule = Iterative(rounds=2, shape="linear")
+    rows, _ = block_loop(make_model("llama"), tmp_path, schedule=schedule).run()
+    assert rows[0]["layers"]["mlp.up_proj"]["notes"] == ["round 1: at 0.25", "round 2: at 0.5"]
+
+
+@pytest.mark.parametrize("within_block", ["together", "sequential"])
+def test_a_layer_that_is_never_called_is_named(
+    make_model: MakeModel, tmp_path: Path, within_block: str
+) -> None:
+    """Catches a bare StopIteration."""
+    model = make_model("llama", num_blocks=1)
+    model.blocks[0].mlp.extra = torch.nn.Linear(32, 32)
+    technique = preset("none", within_block=within_block)
+    with pytest.raises(RunError, match=r"mlp\.extra: it was not called"):
+        block_loop(model, tmp_path, pruner=Wanda(), technique=technique).run()

@@ -157,8 +157,10 @@ def check(composed: Composed) -> RunPlan:
         "pruner": _canonical(pruner),
         "pattern": _canonical(pattern),
         "allocation": _canonical(allocation),
-        "schedule": _canonical(schedule),
-        "technique": _technique_identity(technique),
+        "schedule": _schedule_identity(
+            schedule, sparsity, technique.trains or technique.layerwise is not None
+        ),
+        "technique": _technique_identity(technique, pruner, len(rounds)),
         "targets": shapes.targets if len(shapes.targets) < len(shapes.layers) else "all",
         "sparsity": sparsity,
         "seeds": [seed_data, seed_training],
@@ -218,14 +220,32 @@ def _check_nothing_else_decides(sparsity: float | None, allocation: Allocation, 
         raise ConfigError("schedule", problem, value=type(schedule).__name__, accepted="one_shot")
 
 
-def _technique_identity(technique: Technique) -> dict[str, Any]:
-    """What of a technique changes a number: all of it where it trains, else what layers are pruned and solved with."""
+def _technique_identity(technique: Technique, pruner: Pruner, num_rounds: int) -> dict[str, Any]:
+    """What of a technique changes a number: fields that nothing reads are left out, so that equal runs are one run."""
     fields = _canonical(technique)
-    if technique.trains:
-        return fields
-    names = ["statistics_chain", "within_block", "layerwise"]
-    names += ["input_chain", "target_chain"] if technique.layerwise is not None else []
-    return {name: fields[name] for name in names}
+    unread = {
+        *(["rank", "lora_scale"] if technique.trainable != "masked_lora" else []),
+        *(["patience"] if technique.stop_on is None else []),
+        *(["statistics_chain"] if not pruner.needs.any else []),
+    }
+    if not technique.trains:
+        read = {"statistics_chain", "within_block", "layerwise"}
+        # Rounds go over all blocks that are new in a window.
+        read |= {"window", "stride"} if num_rounds > 1 else set()
+        read |= {"input_chain", "target_chain"} if technique.layerwise is not None else set()
+        unread |= set(fields) - read
+    return {name: value for name, value in fields.items() if name not in unread}
+
+
+def _schedule_identity(schedule: Schedule, sparsity: float, reconstructs: bool) -> dict[str, Any]:
+    steps = list(schedule.steps(sparsity))
+    if len(steps) == 1:
+        return {"steps": steps}
+    return {
+        "steps": steps,
+        "masks": schedule.masks,
+        **({"reconstruct": schedule.reconstruct} if reconstructs else {}),
+    }
 
 
 def _check_experts(technique: Technique, shapes: Shapes, num_rounds: int) -> None:
@@ -250,6 +270,13 @@ def _check_stop_on(technique: Technique, requests: list[Request]) -> None:
     """ConfigError unless `stop_on` names a validation text: what a choice is made on can be no probe."""
     if technique.stop_on is None:
         return
+    if not technique.trains:
+        raise ConfigError(
+            "reconstruction.stop_on",
+            "nothing is trained that could be stopped",
+            value=technique.stop_on,
+            accepted="null with this technique",
+        )
     names = [request.name for request in requests if request.use == "validation"]
     if technique.stop_on in names:
         return

@@ -44,7 +44,8 @@ def block_metrics(row: Row) -> dict[str, float]:
             for name, errors in texts.items():
                 for field, value in errors.items():
                     metrics[f"block/{role}/{name}/{field}_{moment}"] = value
-    losses = [loss for training in row["training"] for loss in training["epoch_losses"]]
+    # Each training of a block has an objective of its own, so only one makes a curve: the last.
+    losses = row["training"][-1]["epoch_losses"] if row["training"] else []
     if losses:
         metrics["block/loss_first_epoch"] = losses[0]
         metrics["block/loss_last_epoch"] = losses[-1]

@@ -19,7 +19,7 @@ from reprune.model.linears import linears_of
 from reprune.model.loading import hidden_size_of, skeleton
 from reprune.model.targets import targeted
 from reprune.pruning.contract import LayerShape
-from reprune.reconstruction.technique import Technique
+from reprune.reconstruction.technique import LANGUAGE, Technique
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Shapes:
 
     num_blocks: int
     hidden_size: int
+    vocabulary_size: int
     num_parameters: int
     num_block_parameters: int
     layers: dict[str, LayerShape]
@@ -71,6 +72,7 @@ def shapes_of(source: ModelSource, targets: str, target_blocks: str) -> Shapes:
     return Shapes(
         num_blocks=len(blocks),
         hidden_size=hidden_size_of(model),
+        vocabulary_size=int(model.config.get_text_config().vocab_size),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_block_parameters=sum(parameter.numel() for parameter in blocks.parameters()),
         layers=layers,
@@ -111,23 +113,31 @@ def sizes_of(
     activations = tokens * shapes.hidden_size * (window + 1 + 3) * width
     weights = shapes.num_parameters * width
     block = shapes.num_block_parameters // shapes.num_blocks
-    # Float32 weights, gradient and two moments.
-    training = block * window * 16 if technique.trains else 0
+    # Float32 weights, gradient and two moments; the best weights so far; the anchor.
+    each = 16 + 4 * (technique.stop_on is not None) + 4 * (technique.anchor > 0)
+    training = block * window * each if technique.trains else 0
+    if technique.trains and technique.loss == LANGUAGE:
+        outside = shapes.num_parameters - shapes.num_block_parameters
+        logits = technique.batch_size * max(
+            (text.tokens_NT.shape[1] for text in texts.reconstruction), default=0
+        )
+        training += 4 * outside + 8 * logits * shapes.vocabulary_size
     dense = block * window * width if technique.needs_dense_weights or num_rounds > 1 else 0
-    memory = weights + activations + training + dense + _statistics(shapes) + 700 * 2**20
+    memory = weights + activations + training + dense + _statistics(shapes, technique) + 700 * 2**20
     disk = shapes.num_block_parameters * width * 17 // 16 + 64 * 2**20 + (weights if exports_model else 0)
     return Sizes(memory, disk, activations)
 
 
-def _statistics(shapes: Shapes) -> int:
-    """Grams that are there at once, float32: of one block, every expert's, and of the others about three."""
+def _statistics(shapes: Shapes, technique: Technique) -> int:
+    """Grams of one block and their factors, float32: of every expert, and of about three other inputs; what solves."""
     by_block: Counter[str] = Counter()
     for name, layer in shapes.layers.items():
         if layer.expert:
             by_block[name.split(".")[0]] += layer.shape[1] ** 2
     experts = max(by_block.values(), default=0)
-    largest = max((layer.shape[1] ** 2 for layer in shapes.layers.values() if not layer.expert), default=0)
-    return 4 * (experts + 3 * largest)
+    largest = max((layer.shape[1] ** 2 for layer in shapes.layers.values()), default=0)
+    sets = 2 if technique.layerwise is None else 4
+    return 4 * (sets * (experts + 3 * largest) + 4 * largest)
 
 
 def check_room(sizes: Sizes, output_dir: Path, model: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -67,18 +68,20 @@ class Chains:
         return outputs
 
     @torch.no_grad()
-    def observe(self, block: int, inputs: Boundary, only: Sequence[TextSet]) -> None:
-        """Run a block for the sake of its hooks; the outputs are not kept."""
+    def observe(
+        self, block: int, inputs: Boundary, only: Sequence[TextSet], at_most: int | None = None
+    ) -> None:
+        """Run a block for the sake of its hooks, on all or `at_most` batches a text; the outputs are not kept."""
         model, plan = self.model, self.model.plan
         for text in only:
             source = inputs[text.key]
-            for where in source.batches(plan.sequences_a_pass(source.length)):
+            for where in islice(source.batches(plan.sequences_a_pass(source.length)), at_most):
                 hidden = source.read(where, plan)
                 model.call(block, len(hidden), source.length).run(model.blocks[block], hidden)
 
-    def advance_dense(self, block: int, weights: Mapping[str, Tensor] | None = None) -> None:
-        """x̄_{i+1} from x̄_i; the block must still have its dense weights, or be given them."""
-        self.dense[block + 1] = self.through(block, self.dense[block], weights=weights)
+    def advance_dense(self, block: int) -> None:
+        """x̄_{i+1} from x̄_i; the block must still have its dense weights."""
+        self.dense[block + 1] = self.through(block, self.dense[block])
 
     def forget_dense(self, before: int) -> None:
         """Drop the dense boundaries below `before`."""

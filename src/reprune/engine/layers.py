@@ -105,8 +105,11 @@ class BlockPruning:
         if self.technique.within_block == "together" or not self._reads_inputs:
             return dict(remaining)
         with collecting(remaining, with_gram=False) as found:
-            self.chains.observe(self.block, self.inputs, self.texts.mask[:1])
-        first = next(name for name in found if name in remaining)
+            self.chains.observe(self.block, self.inputs, self.texts.mask[:1], at_most=1)
+        first = next((name for name in found if name in remaining), None)
+        if first is None:
+            # None of them is called: `collect` says so.
+            return dict(remaining)
         stage = remaining[first].stage
         return {
             name: view
@@ -116,7 +119,13 @@ class BlockPruning:
 
     @property
     def _reads_inputs(self) -> bool:
-        return self.plan.pruner.needs.any or self.technique.layerwise is not None
+        return self.plan.pruner.needs.any or self._solves
+
+    @property
+    def _solves(self) -> bool:
+        """Whether this round's layers are solved: those of each round, or of the last, as the schedule says."""
+        last = self.number == len(self.plan.rounds) - 1
+        return self.technique.layerwise is not None and (last or self.plan.reconstruct == "each_round")
 
     def _statistics(self, group: Views) -> dict[str, InputStatistics]:
         """What the pruner reads: of the block as it is now, on the input of the chain that was asked for."""
@@ -132,7 +141,7 @@ class BlockPruning:
     def _solver_shares_statistics(self) -> bool:
         technique, texts = self.technique, self.texts
         return (
-            technique.layerwise is not None
+            self._solves
             and technique.statistics_chain == technique.input_chain
             and [text.key for text in texts.mask] == [text.key for text in texts.reconstruction]
         )
@@ -142,7 +151,7 @@ class BlockPruning:
     ) -> dict[str, tuple[InputStatistics, PairStatistics | None]]:
         """Inputs of the reconstruction text by layer, and their products with the dense chain's where it is the target."""
         technique = self.technique
-        if technique.layerwise is None:
+        if not self._solves:
             return {}
         own = dict(statistics)
         students = self.inputs if technique.input_chain == "sparse" else self.dense_inputs
@@ -196,6 +205,8 @@ class BlockPruning:
         if removed is not None and bool((pruned.keep & removed).any()):
             raise RunError(f"{place}: {type(plan.pruner).__name__} brought weights back that an earlier round removed; use schedule.masks=free")  # fmt: skip
         notes = [*pruned.notes, *(statistics.notes if statistics is not None else [])]
+        if len(plan.rounds) > 1:
+            notes = [f"round {self.number + 1}: {note}" for note in notes]
         for note in notes:
             LOG.warning("%s: %s", place, note)
         row: dict[str, Any] = {
@@ -208,11 +219,14 @@ class BlockPruning:
         if statistics is not None:
             row["tokens"] = statistics.num_tokens
         result = pruned.weight
-        if solving is not None:
+        # What lost nothing is at its optimum, to the bit.
+        if solving is not None and not bool(pruned.keep.all()):
             assert self.technique.layerwise is not None
             result, row["least_squares"] = self.technique.layerwise.solve(
                 self._dense(view), pruned.weight, pruned.keep, *solving, place
             )
+            for note in row["least_squares"].get("notes", []):
+                LOG.warning("%s: %s", place, note)
         view.write(result)
         self.chains.model.plan.synchronise()
         row["seconds"] = round(time.perf_counter() - start, 4)

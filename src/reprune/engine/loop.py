@@ -83,9 +83,15 @@ class BlockLoop:
         done = self.state.windows_done()
         reached = 0 if done == 0 else windows[done - 1].frozen
         entered = 0 if done == 0 else windows[done - 1].stop
-        dense = {block: dense_copy(self.model, block) for block in range(entered)}
-        with self.meter.stage("replay" if done else "embedding"):
+        stage = "replay" if done else "embedding"
+        with self.meter.stage(stage):
             chains = Chains(self.model, self.texts.all, self.stores)
+            # While the model is dense: only the blocks that are still open need a copy of their weights.
+            for block in range(entered):
+                if self._keeps_dense_weights and block >= reached:
+                    self._dense_weights[block] = dense_copy(self.model, block)
+                chains.advance_dense(block)
+                chains.forget_dense(min(block + 1, reached))
         restored = self.state.restore(self.model)
         progress.windows, progress.rows = restored.windows, restored.rows
         progress.pending, progress.masks = restored.pending, restored.masks
@@ -93,14 +99,9 @@ class BlockLoop:
             self.meter.go_on_from(restored.measured)
             # What a kill may have kept from the trackers is told again.
             self.after_commit(done, progress.rows, progress.rows)
-        for block in range(entered):
-            with self.meter.stage("replay"):
-                chains.advance_dense(block, dense[block])
-                if block < reached:
-                    chains.pruned = chains.through(block, chains.pruned)
-                    chains.forget_dense(block + 1)
-                elif self._keeps_dense_weights:
-                    self._dense_weights[block] = dense[block]
+        with self.meter.stage(stage):
+            for block in range(reached):
+                chains.pruned = chains.through(block, chains.pruned)
         return chains
 
     @property
@@ -175,7 +176,12 @@ class BlockLoop:
         with self.meter.stage("measuring"):
             outputs = chains.through(block, inputs)
             before = self._errors(chains, block, outputs)
-        training = progress.pending[block]["training"] if number else []
+        training = []
+        if number:
+            earlier = progress.pending[block]
+            training = earlier["training"]
+            for name, layer in layers.items():
+                layer["notes"] = [*earlier["layers"][name]["notes"], *layer["notes"]]
         progress.pending[block] = {"layers": layers, "before": before, "training": training}
         return outputs
 

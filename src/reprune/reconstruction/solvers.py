@@ -42,8 +42,8 @@ def conjugate_gradients(
     start: Tensor,
     *,
     min_iterations: int = 20,
-    max_iterations: int = 200,
-    tolerance: float = 1e-3,
+    max_iterations: int = 400,
+    tolerance: float = 1e-6,
 ) -> Solution:
     """Conjugate gradients with the diagonal as preconditioner, all rows at once (Hestenes & Stiefel, 1952).
 

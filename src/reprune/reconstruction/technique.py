@@ -41,7 +41,7 @@ class Technique:
     counts), and training ends after `patience` epochs without a lower one.
 
     Defaults of the optimiser are the study's: Adam(0.9, 0.95), lr 2e-4 with linear decay, no weight decay, batch 8;
-    `clip_norm` bounds the norm of the true gradient. `rank` and `lora_scale` belong to `trainable: masked_lora`.
+    `clip_norm` bounds the norm of the true gradient; with `sgd` the first of `betas` is its momentum. `rank` and `lora_scale` belong to `trainable: masked_lora`.
     """
 
     granularity: Literal["block", "submodule"] = "block"
@@ -125,6 +125,13 @@ class Technique:
                 f"a polynomial schedule ends at {POLYNOMIAL_END:g}, below which it cannot begin",
                 value=self.learning_rate,
             )
+        if self.anchor and self.window != self.stride:
+            raise ConfigError(
+                "anchor",
+                "windows that overlap train a block again, from weights that are no longer the pruner's",
+                value=f"anchor={self.anchor:g}, window={self.window}, stride={self.stride}",
+                accepted="stride equal to window, or anchor=0",
+            )
         if self.granularity == "submodule" and self.window != 1:
             raise ConfigError(
                 "window",
@@ -151,11 +158,6 @@ class Technique:
     def trains(self) -> bool:
         """Whether anything is trained by gradient."""
         return self.epochs > 0 and self.trainable != "none"
-
-    @property
-    def reconstructs(self) -> bool:
-        """Whether anything is reconstructed at all."""
-        return self.trains or self.layerwise is not None
 
     @property
     def needs_dense_weights(self) -> bool:
