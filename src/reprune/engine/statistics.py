@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +70,27 @@ class InputStatistics:
         return self._factors[damp]
 
     def _inverse_factor(self, damp: float, place: str) -> tuple[Tensor, list[str]]:
+        def factorise(damped: Tensor) -> Tensor | None:
+            # H = U Uᵀ with U upper, from the Cholesky factor of H with rows and columns reversed; then C = U⁻¹:
+            # one factorisation and one triangular solve instead of two factorisations and an inverse.
+            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+            if failed:
+                return None
+            identity = torch.eye(len(damped), device=damped.device)
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            return factor if bool(torch.isfinite(factor).all()) else None
+
+        factor, _, notes = self.dampened(damp, factorise, "factorisation failed", place)
+        return factor, notes
+
+    def dampened(
+        self, damp: float, attempt: Callable[[Tensor], Tensor | None], failure: str, place: str
+    ) -> tuple[Tensor, float, list[str]]:
+        """What `attempt` makes of H + λI, with H = 2/n Σ x xᵀ and H_jj = 1 for dead features; λ; and remarks.
+
+        λ = damp · mean(diag H). Where `attempt` gives None, damp grows tenfold, which is remarked as `failure`.
+        RunError, naming `place`, when dampening by the mean itself does not help.
+        """
         assert self.gram is not None
         hessian = self.gram * (2 / max(1, self.num_tokens))
         diagonal = hessian.diagonal()
@@ -82,21 +103,16 @@ class InputStatistics:
         while True:
             damped = hessian.clone()
             damped.diagonal().add_(tried * mean)
-            # H = U Uᵀ with U upper, from the Cholesky factor of H with rows and columns reversed; then C = U⁻¹:
-            # one factorisation and one triangular solve instead of two factorisations and an inverse.
-            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if not failed:
-                identity = torch.eye(len(damped), device=damped.device)
-                factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-                if bool(torch.isfinite(factor).all()):
-                    return factor, notes
+            made = attempt(damped)
+            if made is not None:
+                return made, float(tried * mean), notes
             if tried >= MAX_DAMP:
                 raise RunError(
-                    f"{place}: the Hessian of its inputs cannot be factorised even with dampening {tried:g}; "
+                    f"{place}: {failure} even with dampening {tried:g}; "
                     "use more calibration sequences or dtype=float32"
                 )
             tried = min(MAX_DAMP, max(tried, 1e-3) * 10)
-            notes.append(f"factorisation failed, tried again with dampening {tried:g}")
+            notes.append(f"{failure}, tried again with dampening {tried:g}")
 
 
 @contextmanager

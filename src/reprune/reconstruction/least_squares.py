@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from reprune.engine.statistics import MAX_DAMP, InputStatistics
+from reprune.engine.statistics import InputStatistics
 from reprune.errors import ConfigError, RunError, require_nonnegative, require_positive
 from reprune.reconstruction.solvers import conjugate_gradients, exact
 
@@ -77,7 +77,9 @@ class LeastSquares:
         `pairs` with the dense chain's where these are the target. Raises RunError, naming `place`, when H is not
         positive definite or not finite.
         """
-        hessian, damping, notes = self._hessian(statistics, place)
+        hessian, damping, notes = statistics.dampened(
+            self.damp, _if_definite, "least squares are singular", place
+        )
         weight = dense.float()
         rhs = weight @ hessian
         if pairs is not None:
@@ -99,33 +101,10 @@ class LeastSquares:
             raise RunError(f"{place}: its least squares have no finite solution; raise layerwise.damp (now {self.damp:g})")  # fmt: skip
         return torch.where(keep, solved, 0), told
 
-    def _hessian(self, statistics: InputStatistics, place: str) -> tuple[Tensor, Tensor, list[str]]:
-        """H with its dampening, λ, and remarks: dampening grows tenfold until H is positive definite beyond rounding."""
-        assert statistics.gram is not None
-        hessian = statistics.gram * (2 / max(1, statistics.num_tokens))
-        diagonal = hessian.diagonal()
-        if not bool(torch.isfinite(diagonal).all()):
-            raise RunError(f"{place}: the calibration activations are not finite; try dtype=float32")
-        diagonal[statistics.dead] = 1
-        mean = diagonal.mean()
-        tried = self.damp
-        notes: list[str] = []
-        while True:
-            damped = hessian.clone()
-            damped.diagonal().add_(tried * mean)
-            if _is_definite(damped):
-                return damped, tried * mean, notes
-            if tried >= MAX_DAMP:
-                raise RunError(
-                    f"{place}: the least squares of its inputs are singular even with dampening {tried:g}; "
-                    "use more calibration sequences or dtype=float32"
-                )
-            tried = min(MAX_DAMP, max(tried, 1e-3) * 10)
-            notes.append(f"least squares are singular, tried again with dampening {tried:g}")
 
-
-def _is_definite(hessian: Tensor) -> bool:
-    """Whether every pivot of the Cholesky factorisation, at unit diagonal, is larger than rounding makes it."""
+def _if_definite(hessian: Tensor) -> Tensor | None:
+    """H where every pivot of its Cholesky factorisation, at unit diagonal, is larger than rounding makes it."""
     scale = hessian.diagonal().rsqrt()
     lower, failed = torch.linalg.cholesky_ex(hessian * scale * scale[:, None])
-    return not failed and bool(lower.diagonal().square().min() > 10 * torch.finfo(hessian.dtype).eps)
+    definite = not failed and bool(lower.diagonal().square().min() > 10 * torch.finfo(hessian.dtype).eps)
+    return hessian if definite else None
