@@ -52,7 +52,7 @@ TABLE = [
     # Unknown keys, top level and nested.
     Bad("sparsty=0.5", "sparsty", ("unknown key", "0.5", "sparsity", "did you mean 'sparsity'?")),
     Bad("+sparsty=0.5", "sparsty", ("unknown key", "0.5", "did you mean 'sparsity'?")),
-    Bad("+foo=1", "foo", ("unknown key", "1", "sparsity, seed")),
+    Bad("+foo=1", "foo", ("unknown key", "1", "sparsity, targets")),
     Bad("pruner.dampp=1", "pruner.dampp", ("unknown key", "1", "damp, block_size", "did you mean 'damp'?")),
     Bad("+pruner.dampp=1", "pruner.dampp", ("unknown key", "1", "damp, block_size", "did you mean 'damp'?")),
     Bad("+reconstruction.widow=2", "reconstruction.widow", ("unknown key", "2", "stride", "did you mean 'window'?")),
@@ -105,7 +105,7 @@ TABLE = [
     Bad("calibration.length=1", "calibration.length", ("BOS", "1", "2 or more")),
     Bad("calibration.length=600", "calibration.length", ("model's context", "600", "at most 512")),
     Bad("reconstruction.learning_rate=inf", "reconstruction.learning_rate", ("inf", "finite")),
-    Bad("reconstruction.lr_schedule=reduce_lr_on_plateau", "reconstruction.lr_schedule", ("linear, cosine, constant",)),
+    Bad("reconstruction.lr_schedule=reduce_lr_on_plateau", "reconstruction.lr_schedule", ("linear, cosine, cosine_with_restarts, polynomial, constant",)),
     Bad("model.architecture=llamma", "model.architecture", ("llamma", "did you mean 'llama'?")),
     Bad("model.architecture=vit", "model.architecture", ("vit", "no such causal language model")),
     Bad("model.hidden_size=30", "model.hidden_size", ("30", "divide by 8")),
@@ -315,7 +315,8 @@ def test_model_folder_with_a_pickle(tmp_path: Path, saved_model: Path) -> None:
 
 def test_model_folder_with_a_shard_missing(tmp_path: Path, saved_model: Path) -> None:
     """Catches a download that stopped half-way."""
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (saved_model / "model.safetensors").rename(saved_model / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (saved_model / "model.safetensors.index.json").write_text(json.dumps(index))
     error = _refused_model(tmp_path, saved_model)
     assert "model-2.safetensors" in _readable(error)

@@ -82,12 +82,12 @@ def test_the_issues_options_are_there() -> None:
     """Catches an option that was renamed: the names are part of the contract."""
     wanted = {
         "model": "smollm2_135m gemma3_270m opt_125m llama_7b llama3_8b qwen3_0_6b local tiny",
-        "calibration": "web domain generated vocabulary tokens mixture same",
-        "pruner": "none random magnitude wanda sparsegpt",
+        "calibration": "web domain generated self_calibration continued vocabulary tokens mixture same",
+        "pruner": "none random magnitude wanda sparsegpt mask",
         "pattern": "unstructured 2to4 4to8",
         "allocation": "uniform",
-        "schedule": "one_shot",
-        "reconstruction": "none br br_gp br_gp_cr",
+        "schedule": "one_shot iterative",
+        "reconstruction": "none least_squares submodule br br_gp br_gp_cr window free_lunch bias_norm masked_lora full",
         "evaluation": "none quick perplexity",
         "tracking": "wandb jsonl",
     }

@@ -77,11 +77,9 @@ class RunPlan:
         evaluation = {
             f"{entry.name}.{name}": text for entry in self.suite for name, text in entry.texts.items()
         }
-        corpora = [
-            request.source.corpus(request.key)
-            for request in self.requests
-            if isinstance(request.source, CorpusSource)
-        ]
+        # A continued text is as common as the prefixes that it begins with.
+        sources = [(getattr(it.source, "prefixes", it.source), it.key) for it in self.requests]
+        corpora = [source.corpus(key) for source, key in sources if isinstance(source, CorpusSource)]
         common = common_runs(self.tokenizer, corpora)
         check_lengths([text.tokens_NT.shape[1] for text in texts.reconstruction])
         return check_roles(
@@ -138,6 +136,7 @@ def check(composed: Composed) -> RunPlan:
     for request in requests:
         request.source.check(request.key)
         resolve_bos(request.source.bos, tokenizer, request.key)
+        request.source.check_tokenizer(tokenizer, request.key)
     _check_stop_on(technique, requests)
     suite = [
         SuiteEntry(name, evaluator, evaluator.cut(tokenizer, f"evaluation.{name}"))

@@ -13,6 +13,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from reprune.calibration.describe import describe_run
 from reprune.calibration.roles import Texts
 from reprune.check import RunPlan
 from reprune.engine.activations import Stores
@@ -85,9 +86,12 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
         with meter.stage("text"):
             texts = plan.texts(model)
             overlap = plan.check_texts(texts)
-            keep_texts(
-                folder.path / "calibration.safetensors", texts, RunState(folder.state).windows_done() > 0
-            )
+            going_on = RunState(folder.state).windows_done() > 0
+            keep_texts(folder.path / "calibration.safetensors", texts, going_on)
+        described = folder.path / "calibration.json"
+        if not (going_on and described.is_file()):
+            with meter.stage("describing"):
+                write_json(described, describe_run(texts, plan.tokenizer, model, overlap))
         with meter.stage("dense evaluation"):
             dense = _dense(plan, model, view)
         rows, masks = _block_loop(plan, model, texts, meter, view, tracker, after_commit).run()

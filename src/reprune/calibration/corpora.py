@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reprune.calibration.corpus import BUILTIN_FILES, Corpus, corpus_at
+from reprune.calibration.formats import Errors
 from reprune.calibration.source import Document, TextContext, TextSource
 from reprune.calibration.splits import documents_of
 
@@ -50,11 +51,13 @@ class Web(CorpusSource):
 class Domain(CorpusSource):
     """A text of one domain: `wiki`, `code`, `technical`, `stories`, `web`, or a path of the user's own.
 
-    A path is a text file (documents are sections at blank lines), a .jsonl file (`text_field`) or a folder.
+    A path is a text file (documents are sections at blank lines), JSON lines or Parquet (`text_field`), each but Parquet
+    also as .gz or .zst, or a folder of them. `errors=replace` puts U+FFFD where bytes are not UTF-8.
     """
 
     domain: str = "wiki"
     text_field: str = "text"
+    errors: Errors = "strict"
 
     @property
     def name(self) -> str:
@@ -63,4 +66,4 @@ class Domain(CorpusSource):
 
     def corpus(self, key: str) -> Corpus:
         """See CorpusSource."""
-        return corpus_at(self.domain, f"{key}.domain", self.text_field)
+        return corpus_at(self.domain, f"{key}.domain", self.text_field, self.errors)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from reprune.calibration.formats import ACCEPTED, Errors, documents_in, name_of, readable, sections
 from reprune.errors import ConfigError, did_you_mean
 from reprune.model.assets import TEXTS
 
@@ -19,7 +19,6 @@ BUILTIN_FILES = {
     "code": "code.utf8",
     "stories": "tiny.utf8",
 }
-SECTION_CHARACTERS = 4000
 
 
 @dataclass(frozen=True)
@@ -47,81 +46,51 @@ def builtin_corpus(name: str, key: str) -> Corpus:
     return _corpus(name, documents, text.encode(), builtin=True)
 
 
-def corpus_at(place: str, key: str, text_field: str = "text") -> Corpus:
+def corpus_at(place: str, key: str, text_field: str = "text", errors: Errors = "strict") -> Corpus:
     """A package-index text by its name, or the user's text at a path; `key` is the config key an error names."""
-    return builtin_corpus(place, key) if place in BUILTIN_FILES else file_corpus(place, key, text_field)
+    if place in BUILTIN_FILES:
+        return builtin_corpus(place, key)
+    return file_corpus(place, key, text_field, errors)
 
 
-def file_corpus(path: str, key: str, text_field: str = "text") -> Corpus:
-    """A text file (sections at blank lines), a JSONL file (its `text_field`), or a folder of text files.
+def file_corpus(path: str, key: str, text_field: str = "text", errors: Errors = "strict") -> Corpus:
+    """A text file (sections at blank lines), rows of JSON or Parquet (their `text_field`), or a folder of such files.
 
-    Raises ConfigError, naming `key`, for what is missing, empty, not UTF-8 or without the field.
+    A plain text in a folder is one document. `errors='replace'` puts U+FFFD where bytes are not UTF-8.
+    Raises ConfigError, naming `key`, for what is missing, empty, damaged, not UTF-8 or without the field.
     """
     place = Path(path)
     if not place.exists():
-        accepted = [*BUILTIN_FILES, "a text file", "a .jsonl file", "a folder"]
+        accepted = [*BUILTIN_FILES, "a file", f"a folder: {ACCEPTED}"]
         raise ConfigError(
             key, "no such text", value=path, accepted=accepted, hint=did_you_mean(path, BUILTIN_FILES)
         )
+    files = [place]
     if place.is_dir():
-        files = sorted(
-            file for file in place.rglob("*") if file.is_file() and file.suffix in {".txt", ".md", ".utf8"}
-        )
+        there = sorted(file for file in place.rglob("*") if file.is_file())
+        files = [file for file in there if readable(file)]
         if not files:
             raise ConfigError(
-                key, "this folder has no text files", value=path, accepted="*.txt, *.md, *.utf8"
+                key, f"this folder has no text files, among {len(there)} files", value=path, accepted=ACCEPTED
             )
-        documents = [_decode(file.read_bytes(), file, key) for file in files]
-    else:
-        text = _decode(place.read_bytes(), place, key)
-        documents = _jsonl(text, place, key, text_field) if place.suffix == ".jsonl" else sections(text)
+    documents = [
+        document
+        for file in files
+        for document in documents_in(file, key, text_field, errors, whole=place.is_dir())
+    ]
     # By what was read, not by the file: another field of a JSONL file is another text.
-    corpus = _corpus(place.stem, documents, "\0".join(documents).encode(), builtin=False)
+    name = place.name if place.is_dir() else name_of(place)
+    corpus = corpus_of(name, documents)
     if not corpus.documents:
-        raise ConfigError(key, "this text is empty", value=path)
+        size = sum(file.stat().st_size for file in files)
+        counts = f"{len(files)} files, {size:,} bytes, {len(documents)} documents, none with text"
+        raise ConfigError(key, "this text is empty", value=f"{path}: {counts}")
     return corpus
 
 
-def sections(text: str) -> list[str]:
-    """Cut a text without document marks at blank lines into sections of at least 4,000 characters."""
-    found: list[str] = []
-    current = ""
-    for paragraph in re.split(r"\n[ \t]*\n", text):
-        current += paragraph + "\n\n"
-        if len(current) >= SECTION_CHARACTERS:
-            found.append(current)
-            current = ""
-    return [*found, current]
-
-
-def _jsonl(text: str, path: Path, key: str, field: str) -> list[str]:
-    documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(key, f"line {number} is not JSON: {error.msg}", value=path) from error
-        if not isinstance(row, dict) or not isinstance(row.get(field), str):
-            there = list(row) if isinstance(row, dict) else type(row).__name__
-            raise ConfigError(
-                key, f"line {number} has no text in the field '{field}'", value=path, accepted=there
-            )
-        documents.append(row[field])
-    return documents
-
-
-def _decode(raw: bytes, path: Path, key: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            key,
-            f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}",
-            value=path,
-            hint=f"convert it, e.g. iconv -f latin1 -t utf-8 '{path}'",
-        ) from error
+def corpus_of(name: str, documents: list[str]) -> Corpus:
+    """Documents from outside the package, identified by what they say."""
+    return _corpus(name, documents, "\0".join(documents).encode(), builtin=False)
 
 
 def _corpus(name: str, documents: list[str], content: bytes, builtin: bool) -> Corpus:

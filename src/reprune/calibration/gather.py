@@ -49,6 +49,7 @@ class Request:
             "use": self.use,
             "part": source.split or self.role,
             **sizes,
+            **source.chosen,
             **source.identity(),
         }
 

@@ -15,7 +15,7 @@ from reprune.errors import ConfigError, require_nonnegative, require_positive
 class Mixture:
     """`parts` are sources, each with its own count; or `num_sequences` is shared out by `weights`.
 
-    `length`, `bos` and `split` hold for every part when they are set.
+    `length`, `bos`, `split` and `set` hold for every part when they are set.
     """
 
     parts: Mapping[str, Any]
@@ -24,6 +24,7 @@ class Mixture:
     length: int | None = None
     bos: Bos | None = None
     split: Part | None = None
+    set: int | None = None
 
     def __post_init__(self) -> None:
         require_positive(num_sequences=self.num_sequences, length=self.length)
@@ -56,7 +57,7 @@ class Mixture:
     def resolve(self) -> dict[str, TextSource]:
         """The parts with their counts and the fields set here."""
         counts = self._counts()
-        shared = {"length": self.length, "bos": self.bos, "split": self.split}
+        shared = {"length": self.length, "bos": self.bos, "split": self.split, "set": self.set}
         shared = {name: value for name, value in shared.items() if value is not None}
         return {
             name: replace(part, num_sequences=counts[name], **shared)

@@ -18,6 +18,12 @@ class Same(TextSource):
     num_sequences: int | None = None
     length: int | None = None
     cut: Any = None
+    set: Any = None
+    selection: Any = None
+    band: Any = None
+
+    def _check_choice(self) -> None:
+        """Checked when the fields of the mask data are there."""
 
     def resolve(self, mask_data: TextSource) -> TextSource:
         """The mask data's source with the fields that are set here."""

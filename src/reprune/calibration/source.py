@@ -10,12 +10,14 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from reprune.errors import require_positive
+from reprune.errors import ConfigError, require_nonnegative, require_positive
 from reprune.model.loading import LoadedModel
 
 Part = Literal["calibration", "validation", "probe", "evaluation"]
 Role = Part
 Bos = Literal["each_window", "as_tokenised"]
+Cut = Literal["crop", "pack", "first"]
+Selection = Literal["random", "longest", "perplexity"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Document:
 class TextContext:
     """What a source may need to produce documents.
 
-    `model` is there only for sources that set `needs_model`. `generator` is the source's own stream.
+    `model` is there only for sources that set `needs_model`. `generator` is the source's own stream, another one for
+    every `set` of an endless source.
     """
 
     tokenizer: Any
@@ -51,6 +54,7 @@ class TextContext:
     generator: torch.Generator
     seed: int
     key: str
+    set: int = 0
 
 
 @dataclass(kw_only=True)
@@ -59,23 +63,69 @@ class TextSource:
 
     `bos=each_window` puts the BOS token at the head of every window, `as_tokenised` leaves it where the tokenizer
     puts it, null takes `each_window` for tokenizers that add BOS. `cut=crop` takes windows inside documents,
-    `cut=pack` joins documents with the end-of-text token. `split` takes another part of the documents than the
-    one that belongs to the role.
+    `cut=first` the first tokens of each document, `cut=pack` joins documents with the end-of-text token. `split` takes
+    another part of the documents than the one that belongs to the role.
+
+    `set` counts disjoint sets of `num_sequences` windows of one source, from 0. `selection` takes the windows as they
+    come (`random`), those of the longest documents, or those whose perplexity under the dense model lies between the
+    two quantiles of `band`, out of `pool` windows (null: of all there are).
     """
 
     num_sequences: int | None = 32
     length: int | None = 256
     bos: Bos | None = None
     split: Part | None = None
-    cut: Literal["crop", "pack"] = "crop"
+    cut: Cut = "crop"
+    set: int = 0
+    selection: Selection = "random"
+    pool: int | None = None
+    band: Sequence[float] = (0.25, 0.75)
 
-    needs_model: ClassVar[bool] = False
     endless: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     """Whether its documents are windows already, to be taken as they are and in their order."""
 
     def __post_init__(self) -> None:
-        require_positive(num_sequences=self.num_sequences, length=self.length)
+        require_positive(num_sequences=self.num_sequences, length=self.length, pool=self.pool)
+        self._check_choice()
+
+    def _check_choice(self) -> None:
+        """ConfigError for sets and selections that cannot be made."""
+        require_nonnegative(set=self.set)
+        if (self.set or self.selection != "random") and self.num_sequences is None:
+            raise ConfigError(
+                "num_sequences",
+                "a set or a selection needs a count",
+                value=f"num_sequences=null, set={self.set}, selection={self.selection}",
+                accepted="a number of windows",
+            )
+        if (self.set or self.selection != "random") and self.exact:
+            raise ConfigError(
+                "selection" if self.selection != "random" else "set",
+                "the windows of this source are exact: nothing is chosen",
+                value=self.selection if self.selection != "random" else self.set,
+                accepted="selection=random set=0",
+            )
+        if len(self.band) != 2 or not 0 <= self.band[0] < self.band[1] <= 1:
+            raise ConfigError("band", "two quantiles are needed", value=list(self.band), accepted="0 ≤ low < high ≤ 1")  # fmt: skip
+        if self.pool is not None and self.selection == "random":
+            raise ConfigError("pool", "belongs to another selection", value=self.pool, accepted="null with selection=random")  # fmt: skip
+        if self.selection != "random" and self.endless and self.pool is None:
+            raise ConfigError("pool", "this source has no end, so a selection needs a number", value="null", accepted="a number of windows")  # fmt: skip
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the windows can be cut only once the model is loaded."""
+        return self.selection == "perplexity"
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What beside seed, count and size decides which windows these are."""
+        choice: dict[str, Any] = {"set": self.set} if self.set else {}
+        if self.selection != "random":
+            choice |= {"selection": self.selection, "pool": self.pool}
+            choice |= {"band": list(self.band)} if self.selection == "perplexity" else {}
+        return choice
 
     @property
     def name(self) -> str:
@@ -88,6 +138,9 @@ class TextSource:
 
     def check(self, key: str) -> None:
         """Raise ConfigError for files that are missing or unreadable, before any weight is loaded."""
+
+    def check_tokenizer(self, tokenizer: Any, key: str) -> None:
+        """Raise ConfigError for a tokenizer that lacks a token this source needs, before any weight is loaded."""
 
     def documents(self, context: TextContext) -> Iterable[Document]:
         """The documents of `context.part`, in an order that does not depend on the seed unless drawn from it."""

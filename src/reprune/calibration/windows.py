@@ -1,4 +1,4 @@
-"""The one way from documents to windows, for every source: select → crop or pack → int64 [sequences, length]."""
+"""The one way from documents to windows, for every source: crop or pack → set and selection → int64 [sequences, length]."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from reprune.calibration.source import Bos, Document, Part, Role, TextContext, TextSet, TextSource
 from reprune.errors import ConfigError
 from reprune.files import sha256_of_json
+from reprune.model.likelihood import row_losses
 from reprune.model.loading import LoadedModel, adds_bos
 from reprune.seeding import generator
 
@@ -21,10 +22,11 @@ MAX_SKIPPED = 1000
 
 @dataclass(frozen=True)
 class Window:
-    """Token ids [length] and the documents they come from."""
+    """Token ids [length], the documents they come from, and how many tokens these have."""
 
     tokens: Tensor
     document_ids: tuple[str, ...]
+    document_tokens: int
 
 
 def resolve_bos(bos: Bos | None, tokenizer: Any, key: str) -> Bos:
@@ -57,7 +59,9 @@ def cut_windows(
     part: Part = source.split or role
     bos = resolve_bos(source.bos, tokenizer, key)
     length = source.length
-    stream_name = ("text", sha256_of_json(source.identity()), part, length, bos, source.cut)
+    stream_name = ["text", sha256_of_json(source.identity()), part, length, bos, source.cut]
+    if source.endless and source.set:
+        stream_name.append(f"set {source.set}")
     context = TextContext(
         tokenizer=tokenizer,
         model=model,
@@ -66,9 +70,17 @@ def cut_windows(
         generator=generator(seed, *stream_name),
         seed=seed,
         key=key,
+        set=source.set,
     )
     documents = source.documents(context)
-    description = {"name": source.name, "part": part, "cut": source.cut, "bos": bos, **source.identity()}
+    description = {
+        "name": source.name,
+        "part": part,
+        "cut": source.cut,
+        "bos": bos,
+        **source.chosen,
+        **source.identity(),
+    }
     if source.exact:
         exact = list(documents)
         rows = torch.stack([_ids(document, tokenizer, bos) for document in exact])
@@ -89,18 +101,20 @@ def cut_windows(
     tokenised = ((document.id, _ids(document, tokenizer, bos)) for document in documents)
     if source.cut == "pack":
         made: Iterator[Window] = _pack(tokenised, content, tokenizer.eos_token_id, key)
-    elif source.endless:
-        made = _crop_stream(tokenised, content, chooser, key)
+    elif source.endless or source.cut == "first":
+        listed_first = tokenised if source.endless else _shuffled(list(tokenised), chooser)
+        made = _crop_stream(
+            listed_first, content, chooser if source.cut == "crop" else None, source.endless, key
+        )
     else:
         made = _crop_all(list(tokenised), content, chooser)
+    head = [tokenizer.bos_token_id] if content < length else []
+    windows, there = select(source, made, head, model)
     wanted = source.num_sequences
-    windows = list(islice(made, wanted))
     if not windows or (wanted is not None and len(windows) < wanted):
-        raise _too_short(source, len(windows), wanted, content, tokenizer, context, key)
+        raise _too_short(source, there, content, tokenizer, context, key)
     rows = torch.stack([window.tokens for window in windows])
-    if content < length:
-        head = torch.full((len(rows), 1), tokenizer.bos_token_id, dtype=torch.long)
-        rows = torch.cat([head, rows], dim=1)
+    rows = _headed(rows, head)
     ids = tuple(dict.fromkeys(document for window in windows for document in window.document_ids))
     return TextSet(name or source.name, role, rows, ids, description, bos)
 
@@ -127,24 +141,33 @@ def _crop_all(
     for turn in range(max((len(starts) for _, _, starts in plans), default=0)):
         for name, ids, starts in plans:
             if turn < len(starts):
-                yield Window(ids[starts[turn] : starts[turn] + content], (name,))
+                yield Window(ids[starts[turn] : starts[turn] + content], (name,), len(ids))
 
 
 def _crop_stream(
-    documents: Iterable[tuple[str, Tensor]], content: int, chooser: torch.Generator, key: str
+    documents: Iterable[tuple[str, Tensor]],
+    content: int,
+    chooser: torch.Generator | None,
+    endless: bool,
+    key: str,
 ) -> Iterator[Window]:
+    """One window of every document long enough: at a random place, or without a chooser its first tokens."""
     skipped = 0
     for name, ids in documents:
         if len(ids) < content:
             skipped += 1
-            if skipped > MAX_SKIPPED:
+            if endless and skipped > MAX_SKIPPED:
                 raise ConfigError(
                     f"{key}.length", f"{skipped} documents in a row were shorter than a window", value=content
                 )
             continue
         skipped = 0
-        start = int(torch.randint(len(ids) - content + 1, (1,), generator=chooser))
-        yield Window(ids[start : start + content], (name,))
+        start = 0 if chooser is None else int(torch.randint(len(ids) - content + 1, (1,), generator=chooser))
+        yield Window(ids[start : start + content], (name,), len(ids))
+
+
+def _shuffled(documents: list[tuple[str, Tensor]], chooser: torch.Generator) -> list[tuple[str, Tensor]]:
+    return [documents[place] for place in torch.randperm(len(documents), generator=chooser).tolist()]
 
 
 def _pack(
@@ -163,25 +186,76 @@ def _pack(
         count += len(ids)
         while count >= content:
             joined = torch.cat([ids for _, ids in held])
-            yield Window(joined[:content], tuple(name for name, _ in held))
+            yield Window(joined[:content], tuple(name for name, _ in held), len(joined))
             count -= content
             held = [(name, joined[content:])] if count else []
+
+
+def select(
+    source: TextSource, made: Iterator[Window], head: list[int], model: LoadedModel | None
+) -> tuple[list[Window], int]:
+    """The windows of the source's set, and how many there were to choose from.
+
+    A set is a slice of the windows in the order that the selection gives them, so that sets are disjoint; the sets of an
+    endless source come from streams of their own.
+    """
+    wanted = source.num_sequences
+    if wanted is None:
+        windows = list(made)
+        return windows, len(windows)
+    skip = 0 if source.endless else source.set * wanted
+    if source.selection == "random":
+        windows = list(islice(made, skip + wanted))
+        return windows[skip:], len(windows)
+    pool = list(islice(made, source.pool))
+    if source.selection == "longest":
+        ranked = sorted(pool, key=lambda window: -window.document_tokens)
+    else:
+        assert model is not None, "perplexity needs the model"
+        losses = (
+            row_losses(model, _headed(torch.stack([window.tokens for window in pool]), head))
+            if pool
+            else torch.zeros(0)
+        )
+        low, high = (int(share * len(pool) + 0.5) for share in source.band)
+        inside = set(losses.argsort(stable=True)[low:high].tolist())
+        ranked = [window for place, window in enumerate(pool) if place in inside]
+    return ranked[skip : skip + wanted], len(ranked)
+
+
+def _headed(rows: Tensor, head: list[int]) -> Tensor:
+    """Rows with the same token ids in front of each."""
+    front = torch.tensor(head, dtype=torch.long).expand(len(rows), len(head))
+    return torch.cat([front, rows], dim=1)
 
 
 def _too_short(
     source: TextSource,
     found: int,
-    wanted: int | None,
     content: int,
     tokenizer: Any,
     context: TextContext,
     key: str,
 ) -> ConfigError:
+    """`found` windows were there to choose from."""
+    wanted = source.num_sequences or 1
+    if source.endless:
+        return ConfigError(
+            f"{key}.pool", f"{wanted} windows are asked for, the selection leaves {found}", value=source.pool,
+            hint="raise pool, or widen band",
+        )  # fmt: skip
     lengths = [len(_ids(document, tokenizer, "as_tokenised")) for document in source.documents(context)]
+    left = "" if source.selection == "random" else f" after the selection by {source.selection}"
+    asked = f"{wanted} windows of {content} tokens are asked for"
+    if source.set:
+        asked = f"set {source.set} is asked for, of {wanted} windows of {content} tokens each"
+        left += f", enough for {found // wanted} sets (from 0)"
     return ConfigError(
-        f"{key}.num_sequences",
-        f"{wanted or 1} windows of {content} tokens are asked for, this text has {found}",
+        f"{key}.set" if source.set else f"{key}.num_sequences",
+        f"{asked}; this text has {found}{left}",
         value=f"{source.name}, part '{context.part}': {len(lengths)} documents, {sum(lengths):,} tokens, "
         f"the longest {max(lengths, default=0):,}",
-        hint=f"ask for at most {found} sequences, shorter ones, or more text",
+        hint="ask for a set below that, fewer or shorter sequences, cut=pack, or more text"
+        if source.set
+        else f"ask for at most {found} sequences, shorter ones, or more text",
     )

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from reprune.calibration.corpus import corpus_at
 from reprune.calibration.source import Bos, Document, TextSet
@@ -16,9 +15,9 @@ from reprune.calibration.splits import documents_of
 from reprune.calibration.windows import resolve_bos
 from reprune.errors import ConfigError, RunError, require_positive
 from reprune.evaluation.contract import OnProgress
+from reprune.model.likelihood import rows_a_pass, token_losses
 from reprune.model.loading import LoadedModel
 
-LOGITS_A_PASS = 2**26
 MAX_MEAN_LOSS = 700
 
 
@@ -95,13 +94,10 @@ class Perplexity:
         with model.plan.holding(model.model):
             for name, text in texts.items():
                 count, length = text.tokens_NT.shape
-                vocabulary = model.model.get_output_embeddings().weight.shape[0]
-                size = max(
-                    1, min(LOGITS_A_PASS // (vocabulary * length), model.plan.sequences_a_pass(length))
-                )
+                size = rows_a_pass(model, length)
                 summed = 0.0
                 for start in range(0, count, size):
-                    summed += _sum_of_losses(model, text.tokens_NT[start : start + size])
+                    summed += float(token_losses(model, text.tokens_NT[start : start + size]).double().sum())
                     done += len(text.tokens_NT[start : start + size])
                     on_progress(done, total)
                 mean = summed / (count * (length - 1))
@@ -109,11 +105,3 @@ class Perplexity:
                     raise RunError(f"perplexity on '{name}' is not finite: the model's mean loss is {mean}")
                 metrics[f"perplexity/{name}"] = math.exp(mean)
         return metrics
-
-
-def _sum_of_losses(model: LoadedModel, tokens_BT: Tensor) -> float:
-    """Negative log-likelihoods of every token but the first of each window, summed, in nats."""
-    logits = model.logits(tokens_BT)[:, :-1].float()
-    targets = tokens_BT[:, 1:].to(logits.device)
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return float(losses.double().sum())
