@@ -352,8 +352,10 @@ def test_checkpoints_that_give_no_masks(tmp_path: Path, wanda: Path) -> None:
     pickled = Path(shutil.copytree(model, tmp_path / "pickled"))
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     index = Path(shutil.copytree(model, tmp_path / "index"))
+    (index / "model.safetensors").rename(index / "model-1.safetensors")
     (index / "model.safetensors.index.json").write_text("{")
     shard = Path(shutil.copytree(model, tmp_path / "shard"))
+    (shard / "model.safetensors").rename(shard / "model-1.safetensors")
     (shard / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
     nan = torch.full_like(weight, float("nan"))
     for path, words in {

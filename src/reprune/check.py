@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from reprune.compose import Composed
 from reprune.engine.windows import windows_over
 from reprune.errors import ConfigError, require_nonnegative
 from reprune.evaluation.suite import SuiteEntry
+from reprune.identity import canonical, schedule_identity, technique_identity
 from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan, plan_device
 from reprune.model.loading import load_config, load_tokenizer
@@ -153,13 +154,13 @@ def check(composed: Composed) -> RunPlan:
             {**request.identity, "bos": resolve_bos(request.source.bos, tokenizer, request.key)}
             for request in requests
         ],
-        "pruner": _canonical(pruner),
-        "pattern": _canonical(pattern),
-        "allocation": _canonical(allocation),
-        "schedule": _schedule_identity(
+        "pruner": canonical(pruner),
+        "pattern": canonical(pattern),
+        "allocation": canonical(allocation),
+        "schedule": schedule_identity(
             schedule, sparsity, technique.trains or technique.layerwise is not None
         ),
-        "technique": _technique_identity(technique, pruner, len(rounds)),
+        "technique": technique_identity(technique, pruner, len(rounds)),
         "targets": shapes.targets if len(shapes.targets) < len(shapes.layers) else "all",
         "sparsity": sparsity,
         "seeds": [seed_data, seed_training],
@@ -196,13 +197,6 @@ def _built(config: Mapping[str, Any], group: str, where: Mapping[str, str]) -> d
     return {name: build(node, f"{group}.{name}", where) for name, node in nodes.items() if node is not None}
 
 
-def _canonical(built: object) -> dict[str, Any]:
-    assert is_dataclass(built)
-    assert not isinstance(built, type)
-    identity = getattr(built, "identity", None)
-    return {"class": type(built).__qualname__, **(asdict(built) if identity is None else identity())}
-
-
 def _total(layer_sparsity: Mapping[str, float], num_weights: Mapping[str, int]) -> float:
     removed = sum(share * num_weights[name] for name, share in layer_sparsity.items())
     return removed / sum(num_weights[name] for name in layer_sparsity)
@@ -217,34 +211,6 @@ def _check_nothing_else_decides(sparsity: float | None, allocation: Allocation, 
         raise ConfigError("allocation", problem, value=type(allocation).__name__, accepted="uniform")
     if len(schedule.steps(0.5)) > 1:
         raise ConfigError("schedule", problem, value=type(schedule).__name__, accepted="one_shot")
-
-
-def _technique_identity(technique: Technique, pruner: Pruner, num_rounds: int) -> dict[str, Any]:
-    """What of a technique changes a number: fields that nothing reads are left out, so that equal runs are one run."""
-    fields = _canonical(technique)
-    unread = {
-        *(["rank", "lora_scale"] if technique.trainable != "masked_lora" else []),
-        *(["patience"] if technique.stop_on is None else []),
-        *(["statistics_chain"] if not pruner.needs.any else []),
-    }
-    if not technique.trains:
-        read = {"statistics_chain", "within_block", "layerwise"}
-        # Rounds go over all blocks that are new in a window.
-        read |= {"window", "stride"} if num_rounds > 1 else set()
-        read |= {"input_chain", "target_chain"} if technique.layerwise is not None else set()
-        unread |= set(fields) - read
-    return {name: value for name, value in fields.items() if name not in unread}
-
-
-def _schedule_identity(schedule: Schedule, sparsity: float, reconstructs: bool) -> dict[str, Any]:
-    steps = list(schedule.steps(sparsity))
-    if len(steps) == 1:
-        return {"steps": steps}
-    return {
-        "steps": steps,
-        "masks": schedule.masks,
-        **({"reconstruct": schedule.reconstruct} if reconstructs else {}),
-    }
 
 
 def _check_experts(technique: Technique, shapes: Shapes, num_rounds: int) -> None:

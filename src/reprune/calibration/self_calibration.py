@@ -32,7 +32,7 @@ class SelfCalibration(WrittenText):
     """Sampling from BOS alone; `cut=pack` joins the texts that end early to windows of full length, as the paper does.
 
     Sampled token i, from 0, has the temperature t_init + (i/n)(t_fin − t_init) for i ≤ n, and t_fin behind.
-    `first_token=stop_words` (the paper's Gemma, Mistral and Llama) draws the first token uniformly from those English stop
+    `first_token=stop_words` (the paper's choice for three of its five model families) draws the first token uniformly from those English stop
     words that are one token, with a leading space where that is one token, else without; BOS stands before it where the
     tokenizer adds one. A text that ends before its first token is left out.
     """
