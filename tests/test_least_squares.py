@@ -609,7 +609,7 @@ VALIDATION = ("+calibration@validation.choose=vocabulary", "validation.choose.nu
 @pytest.mark.parametrize(
     ("stop_on", "more", "words"),
     [
-        ("held_out", (), ("a text for probes", "must be validation text", "there is none yet", "+calibration@validation.held_out=web")),
+        ("held_out", (), ("a text for probes", "must be validation text", "there is none yet", "+calibration@validation.stop=web")),
         ("held_out", VALIDATION, ("a text for probes", "accepted  choose")),
         ("vocabulary", VALIDATION, ("a text for mask", "accepted  choose")),
         ("chose", VALIDATION, ("no validation text has this name", "accepted  choose")),

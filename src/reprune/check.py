@@ -138,6 +138,7 @@ def check(composed: Composed) -> RunPlan:
         request.source.check(request.key)
         resolve_bos(request.source.bos, tokenizer, request.key)
         request.source.check_tokenizer(tokenizer, request.key)
+        request.source.check_room(shapes.max_length, tokenizer, request.key)
     _check_stop_on(technique, requests)
     suite = [
         SuiteEntry(name, evaluator, evaluator.cut(tokenizer, f"evaluation.{name}"))
@@ -246,13 +247,14 @@ def _check_stop_on(technique: Technique, requests: list[Request]) -> None:
     if technique.stop_on in names:
         return
     elsewhere = [request.use for request in requests if request.name == technique.stop_on]
+    free = "stop" if elsewhere else technique.stop_on
     known = f"this is a text for {elsewhere[0]}" if elsewhere else "no validation text has this name"
     raise ConfigError(
         "reconstruction.stop_on",
         f"{known}; text that a choice is made on must be validation text",
         value=technique.stop_on,
         accepted=names or "the name of a validation text; there is none yet",
-        hint=f"+calibration@validation.{technique.stop_on}=web reconstruction.stop_on={technique.stop_on}",
+        hint=f"+calibration@validation.{free}=web reconstruction.stop_on={free}",
     )
 
 

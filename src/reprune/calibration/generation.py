@@ -163,11 +163,19 @@ class WrittenText(TextSource):
 
     def _check_room(self, model: LoadedModel, num_before: int, key: str) -> None:
         room = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+        self._check_fits(room, num_before, key)
+
+    def check_room(self, max_length: int | None, tokenizer: Any, key: str) -> None:
+        """See TextSource."""
+        self._check_fits(max_length, self.num_given + len(head_of(tokenizer)), key)
+
+    def _check_fits(self, room: int | None, num_before: int, key: str) -> None:
         # The last token is drawn but not read.
         if room is not None and num_before + self.max_new_tokens - 1 > room:
+            most = room - num_before + 1
             raise ConfigError(
                 f"{key}.max_new_tokens", "longer than the model's context", value=self.max_new_tokens,
-                accepted=f"at most {room - num_before + 1} behind {num_before} tokens",
+                accepted=f"at most {most} behind {num_before} tokens", hint=f"{key}.max_new_tokens={most}",
             )  # fmt: skip
 
 

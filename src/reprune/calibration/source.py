@@ -142,6 +142,9 @@ class TextSource:
     def check_tokenizer(self, tokenizer: Any, key: str) -> None:
         """Raise ConfigError for a tokenizer that lacks a token this source needs, before any weight is loaded."""
 
+    def check_room(self, max_length: int | None, tokenizer: Any, key: str) -> None:
+        """Raise ConfigError for texts that do not fit the model's context, before any weight is loaded."""
+
     def documents(self, context: TextContext) -> Iterable[Document]:
         """The documents of `context.part`, in an order that does not depend on the seed unless drawn from it."""
         raise AssertionError("every source yields documents")

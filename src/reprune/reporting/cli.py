@@ -68,3 +68,7 @@ def _show(frame: pd.DataFrame, places: list[Path], out: Path, svg: Path | None) 
         ("W&B files", f"{places[0]}/*/wandb  (send them with: wandb sync {places[0]}/*/wandb/offline-run-*)"),
     ):
         CONSOLE.print(f"{name:<12} {path}", highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -151,8 +151,8 @@ class KeptOfGroup:
                 f"its rounds remove {', '.join(map(str, counts))} weights of a group: {self.kept}:{self.group} "
                 "has to remove more in every round",
                 value=", ".join(f"{step:.3g}" for step in steps),
-                accepted=f"at most {self.group - self.kept} rounds",
-                hint="schedule=one_shot, fewer rounds, or schedule.shape=linear",
+                accepted=f"at most {self.group - self.kept} rounds, with steps of their own",
+                hint=f"schedule.shape=linear schedule.rounds={self.group - self.kept}, or schedule=one_shot",
             )
 
     def keep(self, scores: Tensor, sparsity: float, within: Group) -> Tensor:
