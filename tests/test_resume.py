@@ -109,7 +109,7 @@ def test_death_at_every_write(tmp_path: Path, method: str, evaluation: list[str]
     assert {"status.json", "config.yaml", "open.safetensors", "blocks.jsonl", "result.json"} <= set(names)
     assert len(undisturbed.rows) >= 3
     for number in range(1, len(names) + 1):
-        shutil.rmtree(tmp_path / "cache" / "dense_evaluations")
+        shutil.rmtree(tmp_path / "cache" / "dense_results")
         plan = plan_of(tmp_path / str(number), *choices)
         with _fault_at(number, Killed), pytest.raises(Killed):
             pipeline.run(plan)
@@ -144,7 +144,7 @@ def test_full_disk_at_every_write(tmp_path: Path, evaluation: list[str]) -> None
     with _fault_at(0, Killed) as names:
         undisturbed = _outcome(plan, pipeline.run(plan))
     for number in range(1, len(names) + 1):
-        shutil.rmtree(tmp_path / "cache" / "dense_evaluations")
+        shutil.rmtree(tmp_path / "cache" / "dense_results")
         plan = plan_of(tmp_path / str(number), *choices)
         with _fault_at(number, _disk_full), pytest.raises(RunError, match="No space left") as caught:
             pipeline.run(plan)

@@ -17,6 +17,7 @@ from helpers import perplexity_on, plan_of, run_tiny, state_bytes, write_documen
 from reprune import pipeline
 from reprune.engine import loop
 from reprune.errors import RunError
+from reprune.evaluation.contract import Outcome, Task
 from reprune.evaluation.perplexity import Perplexity
 from reprune.run_folder import RunFolder, config_hash
 
@@ -168,11 +169,12 @@ def test_failed_evaluation_is_no_number(tmp_path: Path, text: Path, monkeypatch:
     working = Perplexity.evaluate
     run_tiny(tmp_path, *perplexity_on(mine=text), "evaluation.perplexity.num_windows=2")
 
-    def breaks_pruned(self: Perplexity, model: Any, texts: Any, on_progress: Any) -> dict[str, float]:
-        pruned = any(bool((view.weight == 0).any()) for view in model.linears[0].values())
+    def breaks_pruned(self: Perplexity, task: Task) -> Outcome:
+        pruned = any(bool((view.weight == 0).any()) for view in task.model.linears[0].values())
+        assert pruned == (task.dense is not None)
         if pruned:
             raise RunError("it broke")
-        return working(self, model, texts, on_progress)
+        return working(self, task)
 
     monkeypatch.setattr(Perplexity, "evaluate", breaks_pruned)
     plan, result = run_tiny(tmp_path, *perplexity_on(mine=text))

@@ -21,7 +21,7 @@ from reprune.engine.layers import PruningPlan
 from reprune.engine.loop import BlockLoop
 from reprune.engine.state import RunState
 from reprune.errors import ConfigError, RunError
-from reprune.evaluation.suite import dense_metrics, evaluate_pruned, finished, metrics_of
+from reprune.evaluation.suite import DenseResult, dense_result, evaluate_pruned, finished, metrics_of
 from reprune.files import read_json, write_json, write_tensors
 from reprune.model.loading import LoadedModel, load_model
 from reprune.records import block_metrics, measured_sparsity, reconstruction_metrics
@@ -93,14 +93,19 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
             with meter.stage("describing"):
                 write_json(described, describe_run(texts, plan.tokenizer, model, overlap))
         with meter.stage("dense evaluation"):
-            dense = _dense(plan, model, view)
+            dense = {
+                entry.name: dense_result(
+                    model, entry, folder.path / "evaluations" / f"dense-{entry.hash}", view.evaluation
+                )
+                for entry in plan.suite
+            }
         rows, masks = _block_loop(plan, model, texts, meter, view, tracker, after_commit).run()
         folder.write_blocks(rows)
         view.clear()
         with meter.stage("evaluation"):
             for entry in plan.suite:
                 if not finished(folder.path, entry):
-                    evaluate_pruned(model, entry, folder.path, view.evaluation)
+                    evaluate_pruned(model, entry, folder.path, dense[entry.name], view.evaluation)
         with meter.stage("export"):
             _export(plan, model, masks)
         result = _result(plan, rows, meter, dense, overlap)
@@ -172,14 +177,6 @@ def _info(plan: RunPlan) -> RunInfo:
     return RunInfo(plan.folder.id, plan.folder.path, plan.config["experiment"], plan.config)
 
 
-def _dense(plan: RunPlan, model: LoadedModel, view: ProgressView) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    for entry in plan.suite:
-        found = dense_metrics(model, entry, view.evaluation)
-        metrics |= {f"eval/dense/{name}": value for name, value in found.items()}
-    return metrics
-
-
 def keep_texts(path: Path, texts: Texts, going_on: bool) -> None:
     """The very token ids of every text, int64 [sequences, length], as 'role/name'; the mask data also as `input_ids`.
 
@@ -217,7 +214,7 @@ def _result(
     plan: RunPlan,
     rows: list[dict[str, Any]],
     meter: StageMeter,
-    dense: Mapping[str, float],
+    dense: Mapping[str, DenseResult],
     overlap: Mapping[str, float],
 ) -> dict[str, Any]:
     pruned, failed = metrics_of(plan.folder.path, plan.suite)
@@ -225,6 +222,10 @@ def _result(
     # Of an earlier result only the dense twins of what is still shown are kept.
     twins = {name.replace("eval/pruned/", "eval/dense/", 1) for name in pruned}
     before = {name: value for name, value in earlier.get("metrics", {}).items() if name in twins}
+    of_dense = {
+        f"eval/dense/{name}": value for it in dense.values() for name, value in it.outcome.metrics.items()
+    }
+    failed |= {f"dense {part}": error for it in dense.values() for part, error in it.outcome.failed.items()}
     result: dict[str, Any] = {
         "id": plan.folder.id,
         "status": "finished",
@@ -237,7 +238,7 @@ def _result(
         "peak_memory_bytes": meter.peak_bytes,
         "overlap": dict(overlap),
         "suite": [entry.hash for entry in plan.suite],
-        "metrics": {**before, **dense, **pruned, **reconstruction_metrics(rows)},
+        "metrics": {**before, **of_dense, **pruned, **reconstruction_metrics(rows)},
     }
     if earlier:
         # The time and memory of a run are those of its pruning, not of an evaluation added later.

@@ -1,14 +1,44 @@
-"""The contract of evaluators: text first, checked before weights are loaded; then flat metrics."""
+"""The contract of evaluators: text first, checked before weights are loaded; then flat metrics and files beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from reprune.calibration.source import TextSet
 from reprune.model.loading import LoadedModel
 
 OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One model to evaluate: the texts that the evaluator cut, and where its files lie.
+
+    `folder` is there, empty, for what the evaluator keeps beside its metrics (a row an example or a window); `dense` is
+    the folder that the same evaluator filled for the dense model, None where the model is the dense one. Never are two
+    models in memory: what a comparison needs of the dense one has to be in its folder.
+    """
+
+    model: LoadedModel
+    texts: Mapping[str, TextSet]
+    folder: Path
+    dense: Path | None
+    on_progress: OnProgress
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Flat metrics, names like 'perplexity/web'; parts that failed with what they failed of; remarks for the record.
+
+    A part that failed has no metrics: missing is missing.
+    """
+
+    metrics: dict[str, float]
+    failed: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class Evaluator(Protocol):
@@ -18,12 +48,10 @@ class Evaluator(Protocol):
         """The texts it will use, by name. ConfigError below `key` for texts that are missing or too short."""
         ...
 
-    def identity(self, texts: dict[str, TextSet]) -> dict[str, Any]:
+    def identity(self, texts: Mapping[str, TextSet]) -> dict[str, Any]:
         """What changes its numbers, texts by content."""
         ...
 
-    def evaluate(
-        self, model: LoadedModel, texts: dict[str, TextSet], on_progress: OnProgress
-    ) -> dict[str, float]:
-        """Flat metrics of a model, names like 'perplexity/web'."""
+    def evaluate(self, task: Task) -> Outcome:
+        """Evaluate a model; RunError where nothing of it can be."""
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from reprune.calibration.source import Bos, Document, TextSet
 from reprune.calibration.splits import documents_of
 from reprune.calibration.windows import resolve_bos
 from reprune.errors import ConfigError, RunError, require_positive
-from reprune.evaluation.contract import OnProgress
+from reprune.evaluation.batches import in_batches
+from reprune.evaluation.contract import Outcome, Task
 from reprune.model.likelihood import rows_a_pass, token_losses
-from reprune.model.loading import LoadedModel
 
 MAX_MEAN_LOSS = 700
 
@@ -79,29 +80,30 @@ class Perplexity:
         used = tuple(document.id for document in documents)
         return TextSet(name, "evaluation", rows, used, {"text": corpus.sha256, "bos": bos}, bos)
 
-    def identity(self, texts: dict[str, TextSet]) -> dict[str, Any]:
+    def identity(self, texts: Mapping[str, TextSet]) -> dict[str, Any]:
         """See Evaluator."""
         return {"evaluator": "perplexity", "texts": {name: text.key for name, text in texts.items()}}
 
     @torch.no_grad()
-    def evaluate(
-        self, model: LoadedModel, texts: dict[str, TextSet], on_progress: OnProgress
-    ) -> dict[str, float]:
+    def evaluate(self, task: Task) -> Outcome:
         """See Evaluator; RunError when the model's likelihoods are not finite."""
+        model, texts = task.model, task.texts
         total = sum(len(text.tokens_NT) for text in texts.values())
         done = 0
-        metrics = {}
+        metrics: dict[str, float] = {}
+        notes: list[str] = []
         with model.plan.holding(model.model):
             for name, text in texts.items():
                 count, length = text.tokens_NT.shape
-                size = rows_a_pass(model, length)
-                summed = 0.0
-                for start in range(0, count, size):
-                    summed += float(token_losses(model, text.tokens_NT[start : start + size]).double().sum())
-                    done += len(text.tokens_NT[start : start + size])
-                    on_progress(done, total)
+                summed, size = 0.0, rows_a_pass(model, length)
+                for where, losses in in_batches(
+                    text.tokens_NT, size, partial(token_losses, model), notes, f"perplexity on '{name}'"
+                ):
+                    summed += float(losses.double().sum())
+                    task.on_progress(done + where.stop, total)
+                done += count
                 mean = summed / (count * (length - 1))
                 if not math.isfinite(mean) or mean > MAX_MEAN_LOSS:
                     raise RunError(f"perplexity on '{name}' is not finite: the model's mean loss is {mean}")
                 metrics[f"perplexity/{name}"] = math.exp(mean)
-        return metrics
+        return Outcome(metrics, notes=notes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from reprune import RESULTS_VERSION
 from reprune.cache import cached_folder
 from reprune.calibration.source import TextSet
 from reprune.errors import RunError
-from reprune.evaluation.contract import Evaluator, OnProgress
+from reprune.evaluation.contract import Evaluator, OnProgress, Outcome, Task
 from reprune.files import read_json, sha256_of_json, write_json
 from reprune.model.loading import LoadedModel
 
 LIBRARIES = [torch.__version__, transformers.__version__]
 """Part of a cache key: another version may give other last digits, or other kernels."""
 
+OUTCOME = "outcome.json"
 Report = Callable[[str], OnProgress]
 
 
@@ -43,8 +45,19 @@ class SuiteEntry:
         return sha256_of_json(self.identity)[:16]
 
 
-def dense_metrics(model: LoadedModel, entry: SuiteEntry, report: Report) -> dict[str, float]:
-    """The dense model's result: computed once for model, evaluator, dtype and device, then read from the cache."""
+@dataclass(frozen=True)
+class DenseResult:
+    """What an evaluator found of the dense model, and the folder with its files."""
+
+    outcome: Outcome
+    folder: Path
+
+
+def dense_result(model: LoadedModel, entry: SuiteEntry, scratch: Path, report: Report) -> DenseResult:
+    """The dense model's result: computed once for model, evaluator, dtype and device, then read from the cache.
+
+    A result of which parts failed is not kept in the cache but in `scratch`, and is tried again by the next run.
+    """
     key = {
         **entry.identity,
         "model": model.identity,
@@ -55,27 +68,56 @@ def dense_metrics(model: LoadedModel, entry: SuiteEntry, report: Report) -> dict
     }
 
     def write(folder: Path) -> None:
-        metrics = entry.evaluator.evaluate(model, entry.texts, report(f"dense {entry.name}"))
-        write_json(folder / "metrics.json", metrics)
+        outcome = entry.evaluator.evaluate(
+            Task(model, entry.texts, folder, None, report(f"dense {entry.name}"))
+        )
+        write_json(folder / OUTCOME, asdict(outcome))
+        if outcome.failed:
+            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.copytree(folder, scratch)
+            raise _IncompleteError
 
-    metrics: dict[str, float] = read_json(cached_folder("dense_evaluations", key, write) / "metrics.json")
-    return metrics
+    try:
+        folder = cached_folder("dense_results", key, write)
+    except _IncompleteError:
+        folder = scratch
+    return DenseResult(Outcome(**read_json(folder / OUTCOME)), folder)
+
+
+class _IncompleteError(Exception):
+    """Keeps a result of which parts failed out of the cache."""
 
 
 def evaluation_file(folder: Path, entry: SuiteEntry) -> Path:
-    """Where a run keeps the result of an evaluator."""
+    """Where a run keeps the result of an evaluator; the evaluator's own files lie in a folder of the same name."""
     return folder / "evaluations" / f"{entry.hash}.json"
 
 
-def evaluate_pruned(model: LoadedModel, entry: SuiteEntry, folder: Path, report: Report) -> None:
+def evaluate_pruned(
+    model: LoadedModel, entry: SuiteEntry, folder: Path, dense: DenseResult, report: Report
+) -> None:
     """Evaluate the pruned model and write the result file; a failure is recorded as failed, never as a number."""
-    content: dict[str, Any] = {"name": entry.name, "identity": entry.identity}
+    file = evaluation_file(folder, entry)
+    files, partial = file.with_suffix(""), file.with_suffix(".part")
+    for left in (files, partial):
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    task = Task(model, entry.texts, partial, dense.folder, report(f"pruned {entry.name}"))
     try:
-        metrics = entry.evaluator.evaluate(model, entry.texts, report(f"pruned {entry.name}"))
-        content |= {"status": "finished", "metrics": metrics}
+        outcome = entry.evaluator.evaluate(task)
     except RunError as error:
-        content |= {"status": "failed", "error": str(error), "metrics": {}}
-    write_json(evaluation_file(folder, entry), content)
+        outcome = Outcome({}, {entry.name: str(error)})
+    if any(partial.iterdir()):
+        partial.rename(files)
+    else:
+        partial.rmdir()
+    content = {
+        "name": entry.name,
+        "identity": entry.identity,
+        "status": "failed" if outcome.failed else "finished",
+        **asdict(outcome),
+    }
+    write_json(file, content)
 
 
 def finished(folder: Path, entry: SuiteEntry) -> bool:
@@ -85,7 +127,7 @@ def finished(folder: Path, entry: SuiteEntry) -> bool:
 
 
 def metrics_of(folder: Path, suite: Sequence[SuiteEntry]) -> tuple[dict[str, float], dict[str, str]]:
-    """All pruned metrics of a run under 'eval/pruned/…', and what failed by evaluator.
+    """All pruned metrics of a run under 'eval/pruned/…', and what failed of `suite` by part.
 
     Where an earlier evaluation has the same metric, that of `suite` counts; where that one failed, none does.
     """
@@ -101,6 +143,5 @@ def metrics_of(folder: Path, suite: Sequence[SuiteEntry]) -> tuple[dict[str, flo
         if path in earlier and (content["status"] != "finished" or content["name"] in broken):
             continue
         metrics |= {f"eval/pruned/{name}": value for name, value in content["metrics"].items()}
-        if content["status"] != "finished":
-            failed[content["name"]] = content["error"]
+        failed |= content.get("failed", {})
     return metrics, failed
