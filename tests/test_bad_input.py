@@ -63,6 +63,8 @@ TABLE = [
     Bad("calibration.num_sequences=abc", "calibration.num_sequences", ("wrong type", "'abc' (str)", "int")),
     Bad("calibration.num_sequences=2.5", "calibration.num_sequences", ("wrong type", "2.5 (float)", "int")),
     Bad("calibration.bos=each", "calibration.bos", ("'each'", "each_window, as_tokenised")),
+    Bad("calibration.cut=frist", "calibration.cut", ("'frist'", "crop, pack, first", "did you mean 'first'?")),
+    Bad("probes={}", "probes", ("changes nothing", "held_out", "probes.held_out=null")),
     Bad("seed=x", "seed", ("x", "int")),
     Bad("sparsity=half", "sparsity", ("half", "float")),
     Bad("dry_run=perhaps", "dry_run", ("perhaps", "bool")),

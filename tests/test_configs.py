@@ -36,6 +36,7 @@ VALUES = {
     ("model", "local", "path"): "a_folder",
     ("calibration", "tokens", "path"): "tokens.safetensors",
     ("pruner", "mask", "path"): "masks.safetensors",
+    ("evaluation", "summarisation", "summaries.path"): "articles.jsonl",
 }
 """What options with keys that have to be set are given here."""
 
@@ -88,7 +89,7 @@ def test_the_issues_options_are_there() -> None:
         "allocation": "uniform",
         "schedule": "one_shot iterative",
         "reconstruction": "none least_squares submodule br br_gp br_gp_cr window free_lunch bias_norm masked_lora full",
-        "evaluation": "none quick perplexity",
+        "evaluation": "none quick perplexity field fidelity zero_shot zero_shot_self_calibration knowledge reasoning generation summarisation",
         "tracking": "wandb jsonl",
     }
     there = set(OPTIONS)

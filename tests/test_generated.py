@@ -85,7 +85,7 @@ def _source(kind: str, documents: Path, **more: Any) -> WrittenText:
         return Generated(**{"language": None, "num_greedy": 2, **sizes})
     if kind in ("self_calibration", "stop_words"):
         first: Any = "bos" if kind == "self_calibration" else "stop_words"
-        return SelfCalibration(first_token=first, t_init=2.0, t_fin=0.5, n=4, **sizes)
+        return SelfCalibration(first_token=first, t_init=2.0, t_fin=0.5, n=4, cross_documents=True, **sizes)
     keep = kind == "continued"
     return Continued(prefixes=Domain(domain=str(documents)), prefix_tokens=5, keep_prefix=keep, **sizes)
 

@@ -17,7 +17,6 @@ from reprune.run_folder import RunFolder
 
 SMALL = [
     "calibration.length=128",
-    "probes={}",
     "~calibration@probes.held_out",
     "~calibration@probes.wiki",
     "~calibration@probes.code",

@@ -68,7 +68,6 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> _Watched:
 def _fit_block(model: LoadedModel, masks: Mapping[str, Tensor], pairs: Pairs, technique: Technique) -> None:
     """Train block 0 on some pairs."""
     objective = WindowObjective(model, range(1), pairs, technique.loss, technique.token_weight)
-    objective.record_calls(technique.batch_size)
     with in_float32(model.plan, [model.blocks[0]]):
         block = choose(0, model.blocks[0], model.linears[0], masks, technique.trainable, None)
         train(objective, None, [block], technique, generator(0, "order"), lambda: None, "block 0")

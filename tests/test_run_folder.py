@@ -23,6 +23,16 @@ from reprune.run_folder import RunFolder, config_hash
 
 KEYS = {"id", "status", "config_hash", "sparsity", "seconds", "peak_memory_bytes", "metrics"}
 
+PERPLEXITY = {
+    f"eval/{which}/{name}"
+    for which in ("dense", "pruned")
+    for name in (
+        "perplexity/mine",
+        *(f"perplexity_evaluation_noise/mine/{part}" for part in ("low", "high", "standard_error")),
+    )
+}
+"""What the evaluation of one text adds to a run."""
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,9 +144,7 @@ def test_new_evaluation_needs_no_pruning(tmp_path: Path, text: Path, monkeypatch
     monkeypatch.setattr(loop.Fit, "run", _forbidden)
     again, second = run_tiny(tmp_path, *perplexity_on(mine=text))
     assert again.folder.path == plan.folder.path
-    assert set(second["metrics"]) - set(first["metrics"]) == {
-        "eval/dense/perplexity/mine", "eval/pruned/perplexity/mine",
-    }  # fmt: skip
+    assert set(second["metrics"]) - set(first["metrics"]) == PERPLEXITY
     assert {name: second["metrics"][name] for name in first["metrics"]} == first["metrics"]
     assert second["seconds"] == first["seconds"], "the time of a run is that of its pruning"
     assert state_bytes(plan.folder.path) == before
@@ -318,7 +326,7 @@ def test_result_and_rows_are_complete(tmp_path: Path, text: Path) -> None:
         for where in ("calibration/vocabulary", "probe/held_out")
         for at in ("first", "last", "mean")
     }
-    names |= {"eval/dense/perplexity/mine", "eval/pruned/perplexity/mine"}
+    names |= PERPLEXITY
     assert set(result["metrics"]) == names
     assert set(result["sparsity"]["layers"]) == set(plan.rounds[-1])
     assert result["sparsity"]["total"] == pytest.approx(0.5, abs=1e-3)

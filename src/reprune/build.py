@@ -7,11 +7,11 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from reprune.compose import files_with
+from reprune.compose import config_root, files_with
 from reprune.errors import ConfigError, did_you_mean
 
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
@@ -41,10 +41,14 @@ def build(node: Any, key: str, where: Mapping[str, str] | None = None) -> Any:
                 hint=did_you_mean(str(name), parameters),
             )
     for name, parameter in parameters.items():
-        if name not in given and parameter.default is inspect.Parameter.empty:
-            raise ConfigError(f"{key}.{name}", f"has to be set{source}", hint=f"e.g. {key}.{name}=…")
-        if given.get(name) == "???":
-            raise ConfigError(f"{key}.{name}", f"has to be set{source}", hint=f"e.g. {key}.{name}=…")
+        required = name not in given and parameter.default is inspect.Parameter.empty
+        if required or given.get(name) == "???":
+            raise ConfigError(
+                f"{key}.{name}",
+                f"has to be set{source}",
+                accepted=_about(key, where),
+                hint=f"e.g. {key}.{name}=…",
+            )
     # A dataclass inherits annotations from other modules, whose names only the class itself resolves.
     plain_class = inspect.isclass(target) and not is_dataclass(target)
     hints = get_type_hints(target.__init__ if plain_class else target)
@@ -74,7 +78,15 @@ def _value(value: Any, key: str, hint: Any, where: Mapping[str, str] | None) -> 
             "wrong type or value",
             value=f"{value!r} ({type(value).__name__})",
             accepted=_words(hint),
+            hint=did_you_mean(value, _choices(hint)) if isinstance(value, str) else None,
         ) from error
+
+
+def _choices(hint: Any) -> list[str]:
+    """The words of a Literal, also inside a union."""
+    if get_origin(hint) is Literal:
+        return [word for word in get_args(hint) if isinstance(word, str)]
+    return [word for part in get_args(hint) for word in _choices(part)]
 
 
 def _words(hint: Any) -> str:
@@ -91,6 +103,16 @@ def _import(target: str, key: str) -> Any:
         raise ConfigError(
             f"{key}._target_", f"cannot be imported: {error}", value=target, accepted="package.module.Class"
         ) from error
+
+
+def _about(key: str, where: Mapping[str, str] | None) -> str | None:
+    """What the option's file says of it in its first line."""
+    file = config_root() / (where or {})[key] if key in (where or {}) else None
+    if file is None or not file.is_file():
+        return None
+    with file.open(encoding="utf-8") as stream:
+        first = stream.readline().strip()
+    return first.removeprefix("# ") if first.startswith("# ") else None
 
 
 def _source(key: str, where: Mapping[str, str] | None) -> str:

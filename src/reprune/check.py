@@ -21,7 +21,7 @@ from reprune.calibration.windows import resolve_bos
 from reprune.compose import Composed
 from reprune.engine.windows import windows_over
 from reprune.errors import ConfigError, require_nonnegative
-from reprune.evaluation.suite import SuiteEntry
+from reprune.evaluation.suite import SuiteEntry, check_evaluation_room
 from reprune.identity import canonical, schedule_identity, technique_identity
 from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan, plan_device
@@ -114,7 +114,7 @@ def check(composed: Composed) -> RunPlan:
         seed=config["seed"], seed_data=config["seed_data"], seed_training=config["seed_training"]
     )
     _check_writable(Path(config["output_dir"]))
-    device = plan_device(config["device"], config["dtype"], _dtype_of(source), config["threads"])
+    device = plan_device(config["device"], config["dtype"], dtype_of(source), config["threads"])
     tokenizer = load_tokenizer(source)
     shapes = shapes_of(source, config["targets"], config["target_blocks"])
     windows_over(shapes.num_blocks, technique.window, technique.stride)
@@ -170,16 +170,12 @@ def check(composed: Composed) -> RunPlan:
     }
     folder = RunFolder.of(Path(config["output_dir"]), _label(composed, source), config_hash(identity))
     lengths = {f"{request.key}.length": request.source.length for request in requests}
-    lengths |= {
-        f"evaluation.{entry.name}.length": text.tokens_NT.shape[1]
-        for entry in suite
-        for text in entry.texts.values()
-    }
     for key, length in lengths.items():
         if length is not None and shapes.max_length is not None and length > shapes.max_length:
             raise ConfigError(
                 key, "longer than the model's context", value=length, accepted=f"at most {shapes.max_length}"
             )
+    check_evaluation_room(suite, shapes.max_length)
     texts, waiting = cut_all(requests, tokenizer, None, seed_data)
     exports = config["export"]["model"]
     sizes = sizes_of(texts, waiting, shapes, technique, device, len(rounds), exports)
@@ -258,7 +254,7 @@ def _check_stop_on(technique: Technique, requests: list[Request]) -> None:
     )
 
 
-def _dtype_of(source: ModelSource) -> torch.dtype | None:
+def dtype_of(source: ModelSource) -> torch.dtype | None:
     dtype = getattr(load_config(source), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
 

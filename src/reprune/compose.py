@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -77,6 +77,7 @@ def compose_run(overrides: Sequence[str]) -> Composed:
     finally:
         GlobalHydra.instance().clear()
     _check_keys(config, RunConfig, "", overrides)
+    _check_emptied(config, overrides)
     _check_keys(config["export"], ExportConfig, "export.", overrides)
     return Composed(config, choices, tuple(overrides), hydra)
 
@@ -97,6 +98,21 @@ def _check_keys(node: Any, schema: type, prefix: str, overrides: Sequence[str]) 
     for key in accepted:
         if key not in node:
             raise ConfigError(f"{prefix}{key}", "has to be there", hint=f"leave out ~{prefix}{key}")
+
+
+def _check_emptied(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """`key={}` adds nothing to what is there and takes nothing away, which is hardly what was meant."""
+    for item in overrides:
+        key, _, value = item.partition("=")
+        node: Any = config
+        for part in key.lstrip("+").split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if value.replace(" ", "") == "{}" and node:
+            inside = [f"{key.lstrip('+')}.{name}=null" for name in node]
+            raise ConfigError(
+                key.lstrip("+"), "an empty mapping is merged into what is there and changes nothing", value="{}",
+                accepted=f"values for {', '.join(node)}", hint=f"leave out what is there: {' '.join(inside)}",
+            )  # fmt: skip
 
 
 def plain(full: DictConfig) -> dict[str, Any]:

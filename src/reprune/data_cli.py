@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from reprune.calibration.describe import Description, describe
 from reprune.calibration.source import TextSet
+from reprune.calibration.tokens import POSITIONS
 from reprune.compose import jobs_of
 from reprune.data_setting import Models, Setting
-from reprune.errors import ConfigError, RunError
+from reprune.errors import ConfigError, did_you_mean
+from reprune.exit_codes import exit_codes
 from reprune.files import write_tensors
 from reprune.model.loading import LoadedModel
 from reprune.reporting.data_tables import print_one, print_rows, samples_of
@@ -32,19 +33,8 @@ def main() -> None:
     given = _arguments(sys.argv[1:])
     configure_logging()
     quiet_libraries()
-    try:
+    with exit_codes():
         given.do(given)
-    except ConfigError as error:
-        print(f"\n{error}\n", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (RunError, torch.OutOfMemoryError) as error:
-        print(f"\nfailed: {error}\n", file=sys.stderr)
-        raise SystemExit(1) from None
-    except OSError as error:
-        print(f"\n{error.filename}: {error.strerror}\n", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def _arguments(arguments: list[str]) -> argparse.Namespace:
@@ -60,7 +50,7 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
         ("generate", generate, "save for text that the model writes"),
     ):
         command = commands.add_parser(name, help=meaning, description=meaning)
-        command.set_defaults(do=do)
+        command.set_defaults(do=do, parser=command)
         if name in ("save", "generate"):
             command.add_argument("out", type=Path, metavar="OUT.safetensors")
             command.add_argument(
@@ -78,7 +68,9 @@ def _arguments(arguments: list[str]) -> argparse.Namespace:
     given, more = parser.parse_known_args(arguments)
     wrong = [word for word in more if word.startswith("-")]
     if wrong:
-        parser.error(f"unknown: {' '.join(wrong)}")
+        known = [flag for action in given.parser._actions for flag in action.option_strings]
+        hint = did_you_mean(wrong[0].split("=")[0], known)
+        given.parser.error(f"unknown: {' '.join(wrong)}{f' ({hint})' if hint else ''}")
     given.overrides += more
     return given
 
@@ -193,6 +185,11 @@ def _write(place: Path, setting: Setting, texts: list[TextSet], model: LoadedMod
         "texts": kept,
     }
     tensors = {name: text.tokens_NT for name, text in zip(names, texts, strict=True)}
+    tensors |= {
+        f"{name}{POSITIONS}": text.positions_NT
+        for name, text in zip(names, texts, strict=True)
+        if text.positions_NT is not None
+    }
     write_tensors(place, tensors, {"reprune": json.dumps(about, allow_nan=False)})
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from reprune.calibration.describe import describe_run
 from reprune.calibration.roles import Texts
+from reprune.calibration.tokens import POSITIONS
 from reprune.check import RunPlan
 from reprune.engine.activations import Stores
 from reprune.engine.layers import PruningPlan
@@ -108,7 +109,7 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
                     evaluate_pruned(model, entry, folder.path, dense[entry.name], view.evaluation)
         with meter.stage("export"):
             _export(plan, model, masks)
-        result = _result(plan, rows, meter, dense, overlap)
+        result = result_of(plan, rows, meter, dense, overlap)
         tracker.finish(_summary(result), [{"block": row["block"], **block_metrics(row)} for row in rows])
     folder.mark("finished")
     write_json(folder.path / "result.json", result)
@@ -180,11 +181,16 @@ def _info(plan: RunPlan) -> RunInfo:
 def keep_texts(path: Path, texts: Texts, going_on: bool) -> None:
     """The very token ids of every text, int64 [sequences, length], as 'role/name'; the mask data also as `input_ids`.
 
+    Where windows hold several documents, their positions lie beside them, as calibration=tokens reads them.
+
     RunError when a run that goes on would do so with other texts than it began with.
     """
     tensors = {f"{text.role}/{text.name}": text.tokens_NT for text in texts.all}
+    places = {f"{text.role}/{text.name}": text.positions_NT for text in texts.all}
     if len(texts.mask) == 1:
         tensors["input_ids"] = texts.mask[0].tokens_NT.clone()
+        places["input_ids"] = texts.mask[0].positions_NT
+    tensors |= {f"{name}{POSITIONS}": place.clone() for name, place in places.items() if place is not None}
     if not going_on:
         write_tensors(path, tensors)
         return
@@ -210,13 +216,14 @@ def _export(plan: RunPlan, model: LoadedModel, masks: Mapping[int, Mapping[str, 
         partial.rename(path / "model")
 
 
-def _result(
+def result_of(
     plan: RunPlan,
     rows: list[dict[str, Any]],
     meter: StageMeter,
     dense: Mapping[str, DenseResult],
     overlap: Mapping[str, float],
 ) -> dict[str, Any]:
+    """What `result.json` holds: identity, measured sparsity, time, memory and every metric; `rows` are the blocks'."""
     pruned, failed = metrics_of(plan.folder.path, plan.suite)
     earlier = read_json(plan.folder.path / "result.json") if plan.folder.finished else {}
     # Of an earlier result only the dense twins of what is still shown are kept.

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from reprune import dry_run, help
 from reprune.compose import Composed, compose_run, jobs_of, plain, prepare
 from reprune.errors import ConfigError, RunError
+from reprune.exit_codes import exit_codes
 from reprune.files import sha256_of_json
 from reprune.tracking.progress import LOG, configure_logging, quiet_libraries
 
@@ -32,31 +33,17 @@ def main() -> None:
         help.show()
         return
     config_folder = prepare()
-    try:
+    with exit_codes():
         if not any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
             check_all(arguments)
         else:
             compose_run(
                 [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
             )
-    except ConfigError as error:
-        print(f"\n{error}\n", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        print(f"\n{error.filename}: {error.strerror}\n", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
     # Otherwise Hydra prints its own trace and exits before main can say what happened.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
+    with exit_codes(working=True, interrupted="the same command goes on from the last finished window"):
         hydra.main(config_path=str(config_folder), config_name="config", version_base="1.3")(job)()
-    except (RunError, ConfigError) as error:
-        print(f"\nfailed: {error}\n", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the last finished window\n", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def check_all(arguments: list[str]) -> None:

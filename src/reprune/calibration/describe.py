@@ -69,7 +69,7 @@ def describe(text: TextSet, tokenizer: Any, model: LoadedModel | None = None) ->
     found["duplicates"] = _duplicates(text.tokens_NT)
     found["near_duplicates"] = _near_duplicates(flat, window_of, windows, run_length(tokenizer))
     found["english"] = _english(text.tokens_NT, tokenizer)
-    return {**found, **(perplexities(model, text.tokens_NT) if model is not None else {})}
+    return {**found, **(perplexities(model, text.tokens_NT, text.positions_NT) if model is not None else {})}
 
 
 def _flat(tokens_NT: Tensor, tokenizer: Any) -> Ids:
@@ -104,14 +104,20 @@ def repeated_share(grams: Ids, window_of: Ids) -> float | None:
 
     It is seq-rep-n = 1 − distinct n-grams / n-grams of a sequence (Welleck et al. 2020, arXiv 1908.04319).
     """
+    shares = repeated_shares(grams, window_of)
+    return math.fsum(shares.values()) / len(shares) if shares else None
+
+
+def repeated_shares(grams: Ids, window_of: Ids) -> dict[int, float]:
+    """The share of every window that has n-grams at all, by window; see `repeated_share`."""
     if not len(grams):
-        return None
+        return {}
     total = np.bincount(window_of)
     pairs = np.unique(window_of * (int(grams.max()) + 1) + grams)
     different = np.bincount(pairs // (int(grams.max()) + 1), minlength=len(total))
-    there = total > 0
+    there = np.flatnonzero(total)
     shares = 1 - different[there] / total[there]
-    return math.fsum(shares) / len(shares)
+    return dict(zip(there.tolist(), shares.tolist(), strict=True))
 
 
 def zipf_exponent(counts: Ids) -> float | None:
@@ -163,8 +169,8 @@ def _english(tokens_NT: Tensor, tokenizer: Any) -> float:
     return sum(bool(text) and detected_language(text) == "en" for text in texts) / len(texts)
 
 
-def perplexities(model: LoadedModel, tokens_NT: Tensor) -> Description:
-    """exp of the mean loss in nats of every token but the first of its window, and quantiles over windows of the same.
+def perplexities(model: LoadedModel, tokens_NT: Tensor, positions_NT: Tensor | None = None) -> Description:
+    """exp of the windows' mean loss in nats of every token but the first of a text, and quantiles over windows.
 
     None where windows are a single token, the losses are not finite, or the device cannot hold the model.
     """
@@ -172,7 +178,7 @@ def perplexities(model: LoadedModel, tokens_NT: Tensor) -> Description:
     if tokens_NT.shape[1] < 2:
         return dict.fromkeys(names)
     try:
-        losses = row_losses(model, tokens_NT).sort().values
+        losses = row_losses(model, tokens_NT, positions_NT).sort().values
     except torch.OutOfMemoryError:
         # A model that is pruned block by block may be larger than the device; its text has no perplexity then.
         LOG.warning("the device cannot hold the whole model: no perplexity of the calibration text")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from reprune.calibration.mixture import Mixture
@@ -147,5 +147,5 @@ def _one_name_each(text: TextSet, known: dict[str, TextSet]) -> TextSet:
     number = 2
     while name in known:
         name, number = f"{text.name}_{number}", number + 1
-    known[name] = TextSet(name, text.role, text.tokens_NT, text.document_ids, text.source, text.bos)
+    known[name] = replace(text, name=name)
     return known[name]

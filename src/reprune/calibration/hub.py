@@ -109,7 +109,7 @@ def _find(wanted: Wanted, root: str, state: object) -> Found:
     """Once a process, so that every role of a run sees one text; `root` and `state` are part of the question."""
     title = f"{wanted.dataset} {wanted.config or ''}".strip()
     try:
-        documents, used = from_mirror(wanted) if wanted.mirror is not None else _kept(wanted)
+        documents, used = from_mirror(wanted) if wanted.mirror is not None else kept_or_streamed(wanted)
     except UnavailableError as error:
         tried = str(error)
     else:
@@ -135,7 +135,7 @@ def _find(wanted: Wanted, root: str, state: object) -> Found:
     )
 
 
-def _kept(wanted: Wanted) -> tuple[list[str], str]:
+def kept_or_streamed(wanted: Wanted) -> tuple[list[str], str]:
     """The documents as an earlier run kept them, or else from where they can be had, and kept."""
     names = ("dataset", "config", "data_split", "revision", "text_field", "join", "num_documents")
     key = {name: getattr(wanted, name) for name in names}

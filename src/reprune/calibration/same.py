@@ -18,6 +18,7 @@ class Same(TextSource):
     num_sequences: int | None = None
     length: int | None = None
     cut: Any = None
+    cross_documents: Any = None
     set: Any = None
     selection: Any = None
     band: Any = None

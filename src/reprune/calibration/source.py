@@ -22,11 +22,15 @@ Selection = Literal["random", "longest", "perplexity"]
 
 @dataclass(frozen=True)
 class Document:
-    """One document: a hash of its content, and its text or its token ids (int64 [length])."""
+    """One document: a hash of its content, and its text or its token ids (int64 [length]).
+
+    A window that is taken as it is may hold several documents: `positions` (int64 [length]) then begins anew at each.
+    """
 
     id: str
     text: str | None = None
     tokens: Tensor | None = None
+    positions: Tensor | None = None
 
     @staticmethod
     def of_text(text: str) -> Document:
@@ -64,7 +68,9 @@ class TextSource:
     `bos=each_window` puts the BOS token at the head of every window, `as_tokenised` leaves it where the tokenizer
     puts it, null takes `each_window` for tokenizers that add BOS. `cut=crop` takes windows inside documents,
     `cut=first` the first tokens of each document, `cut=pack` joins documents with the end-of-text token. `split` takes
-    another part of the documents than the one that belongs to the role.
+    another part of the documents than the one that belongs to the role. Packed documents do not see each other: positions
+    begin anew at each, and where windows begin with BOS so does every document in them; `cross_documents=true` makes
+    one text of the window instead, in which attention goes across.
 
     `set` counts disjoint sets of `num_sequences` windows of one source, from 0. `selection` takes the windows as they
     come (`random`), those of the longest documents, or those whose perplexity under the dense model lies between the
@@ -76,6 +82,7 @@ class TextSource:
     bos: Bos | None = None
     split: Part | None = None
     cut: Cut = "crop"
+    cross_documents: bool = False
     set: int = 0
     selection: Selection = "random"
     pool: int | None = None
@@ -119,9 +126,15 @@ class TextSource:
         return self.selection == "perplexity"
 
     @property
+    def keeps_apart(self) -> bool:
+        """Whether a window may hold several documents that do not see each other."""
+        return self.cut == "pack" and not self.cross_documents and not self.exact
+
+    @property
     def chosen(self) -> dict[str, Any]:
         """What beside seed, count and size decides which windows these are."""
         choice: dict[str, Any] = {"set": self.set} if self.set else {}
+        choice |= {"documents": "apart"} if self.keeps_apart else {}
         if self.selection != "random":
             choice |= {"selection": self.selection, "pool": self.pool}
             choice |= {"band": list(self.band)} if self.selection == "perplexity" else {}
@@ -164,7 +177,10 @@ class CalibrationSource(Protocol):
 
 @dataclass(frozen=True)
 class TextSet:
-    """Windows of token ids with a name and a role: int64 [num_sequences, length]."""
+    """Windows of token ids with a name and a role: int64 [num_sequences, length].
+
+    `positions_NT`, of the same shape, begins anew at every document of a window; None where each window is one text.
+    """
 
     name: str
     role: Role
@@ -172,9 +188,12 @@ class TextSet:
     document_ids: Sequence[str]
     source: dict[str, Any]
     bos: Bos
+    positions_NT: Tensor | None = None
 
     @property
     def key(self) -> str:
-        """Hash of the token ids."""
-        shape = str(tuple(self.tokens_NT.shape)).encode()
-        return hashlib.sha256(shape + self.tokens_NT.numpy().tobytes()).hexdigest()
+        """Hash of the token ids, and of the positions where they begin anew."""
+        content = str(tuple(self.tokens_NT.shape)).encode() + self.tokens_NT.numpy().tobytes()
+        if self.positions_NT is not None:
+            content += self.positions_NT.contiguous().numpy().tobytes()
+        return hashlib.sha256(content).hexdigest()

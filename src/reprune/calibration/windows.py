@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -22,11 +22,16 @@ MAX_SKIPPED = 1000
 
 @dataclass(frozen=True)
 class Window:
-    """Token ids [length], the documents they come from, and how many tokens these have."""
+    """Token ids [length], the documents they come from, how many tokens these have; positions where there are several."""
 
     tokens: Tensor
     document_ids: tuple[str, ...]
     document_tokens: int
+    positions: Tensor | None = None
+
+    def headed(self, head: Tensor) -> Window:
+        """With token ids in front."""
+        return replace(self, tokens=torch.cat([head, self.tokens]))
 
 
 def resolve_bos(bos: Bos | None, tokenizer: Any, key: str) -> Bos:
@@ -85,7 +90,8 @@ def cut_windows(
         exact = list(documents)
         rows = torch.stack([_ids(document, tokenizer, bos) for document in exact])
         ids = tuple(dict.fromkeys(document.id for document in exact))
-        return TextSet(name or source.name, role, rows, ids, description, bos)
+        positions = _positions(rows, [document.positions for document in exact])
+        return TextSet(name or source.name, role, rows, ids, description, bos, positions)
     if length is None:
         raise ConfigError(f"{key}.length", "has to be a number for this source", accepted="2 or more")
     chooser = generator(seed, *stream_name, "windows")
@@ -99,8 +105,14 @@ def cut_windows(
         listed = list(documents)
         documents = [listed[place] for place in torch.randperm(len(listed), generator=chooser).tolist()]
     tokenised = ((document.id, _ids(document, tokenizer, bos)) for document in documents)
+    head = torch.tensor([tokenizer.bos_token_id] if content < length else [], dtype=torch.long)
     if source.cut == "pack":
-        made: Iterator[Window] = _pack(tokenised, content, tokenizer.eos_token_id, key)
+        end = _end_of_text(tokenizer, key)
+        made: Iterator[Window] = (
+            _pack_apart(tokenised, length, head, end)
+            if source.keeps_apart
+            else _pack(tokenised, content, end)
+        )
     elif source.endless or source.cut == "first":
         listed_first = tokenised if source.endless else _shuffled(list(tokenised), chooser)
         made = _crop_stream(
@@ -108,15 +120,27 @@ def cut_windows(
         )
     else:
         made = _crop_all(list(tokenised), content, chooser)
-    head = [tokenizer.bos_token_id] if content < length else []
-    windows, there = select(source, made, head, model)
+    if not source.keeps_apart:
+        made = (window.headed(head) for window in made)
+    windows, there = select(source, made, model)
     wanted = source.num_sequences
     if not windows or (wanted is not None and len(windows) < wanted):
         raise _too_short(source, there, content, tokenizer, context, key)
-    rows = torch.stack([window.tokens for window in windows])
-    rows = _headed(rows, head)
+    rows, positions = _rows(windows)
     ids = tuple(dict.fromkeys(document for window in windows for document in window.document_ids))
-    return TextSet(name or source.name, role, rows, ids, description, bos)
+    return TextSet(name or source.name, role, rows, ids, description, bos, positions)
+
+
+def _rows(windows: Sequence[Window]) -> tuple[Tensor, Tensor | None]:
+    rows = torch.stack([window.tokens for window in windows])
+    return rows, _positions(rows, [window.positions for window in windows])
+
+
+def _positions(rows: Tensor, given: Sequence[Tensor | None]) -> Tensor | None:
+    """Positions of every row; None where no row holds a second text."""
+    plain = torch.arange(rows.shape[1])
+    positions = torch.stack([plain if one is None else one for one in given])
+    return None if torch.equal(positions, plain.expand_as(positions)) else positions
 
 
 def _ids(document: Document, tokenizer: Any, bos: Bos) -> Tensor:
@@ -170,18 +194,44 @@ def _shuffled(documents: list[tuple[str, Tensor]], chooser: torch.Generator) -> 
     return [documents[place] for place in torch.randperm(len(documents), generator=chooser).tolist()]
 
 
-def _pack(
-    documents: Iterable[tuple[str, Tensor]], content: int, end: int | None, key: str
-) -> Iterator[Window]:
-    """Documents one after the other, an end-of-text token behind each, cut every `content` tokens."""
-    if end is None:
+def _end_of_text(tokenizer: Any, key: str) -> Tensor:
+    if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"{key}.cut", "packing needs an end-of-text token, and the tokenizer has none", value="pack"
         )
+    return torch.tensor([tokenizer.eos_token_id])
+
+
+def _pack_apart(
+    documents: Iterable[tuple[str, Tensor]], length: int, head: Tensor, end: Tensor
+) -> Iterator[Window]:
+    """Windows filled with documents, or what is left of them, each with `head` in front and positions of its own.
+
+    An end-of-text token is behind each document; what does not fit goes on in the next window.
+    """
+    pieces: list[Tensor] = []
+    names: dict[str, int] = {}
+    room = length
+    for name, ids in documents:
+        left = torch.cat([ids, end])
+        while len(left):
+            piece = torch.cat([head, left])[:room]
+            left = left[max(0, room - len(head)) :]
+            pieces.append(piece)
+            names[name] = len(ids)
+            room -= len(piece)
+            if room == 0:
+                positions = torch.cat([torch.arange(len(piece)) for piece in pieces])
+                yield Window(torch.cat(pieces), tuple(names), sum(names.values()), positions)
+                pieces, names, room = [], {}, length
+
+
+def _pack(documents: Iterable[tuple[str, Tensor]], content: int, end: Tensor) -> Iterator[Window]:
+    """Documents one after the other, an end-of-text token behind each, cut every `content` tokens."""
     held: list[tuple[str, Tensor]] = []
     count = 0
     for name, ids in documents:
-        ids = torch.cat([ids, torch.tensor([end])])
+        ids = torch.cat([ids, end])
         held.append((name, ids))
         count += len(ids)
         while count >= content:
@@ -191,9 +241,7 @@ def _pack(
             held = [(name, joined[content:])] if count else []
 
 
-def select(
-    source: TextSource, made: Iterator[Window], head: list[int], model: LoadedModel | None
-) -> tuple[list[Window], int]:
+def select(source: TextSource, made: Iterator[Window], model: LoadedModel | None) -> tuple[list[Window], int]:
     """The windows of the source's set, and how many there were to choose from.
 
     A set is a slice of the windows in the order that the selection gives them, so that sets are disjoint; the sets of an
@@ -212,21 +260,11 @@ def select(
         ranked = sorted(pool, key=lambda window: -window.document_tokens)
     else:
         assert model is not None, "perplexity needs the model"
-        losses = (
-            row_losses(model, _headed(torch.stack([window.tokens for window in pool]), head))
-            if pool
-            else torch.zeros(0)
-        )
+        losses = row_losses(model, *_rows(pool)) if pool else torch.zeros(0)
         low, high = (int(share * len(pool) + 0.5) for share in source.band)
         inside = set(losses.argsort(stable=True)[low:high].tolist())
         ranked = [window for place, window in enumerate(pool) if place in inside]
     return ranked[skip : skip + wanted], len(ranked)
-
-
-def _headed(rows: Tensor, head: list[int]) -> Tensor:
-    """Rows with the same token ids in front of each."""
-    front = torch.tensor(head, dtype=torch.long).expand(len(rows), len(head))
-    return torch.cat([front, rows], dim=1)
 
 
 def _too_short(

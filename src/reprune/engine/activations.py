@@ -16,10 +16,20 @@ from reprune.model.device import DevicePlan
 
 
 class Activations:
-    """Hidden states [num_sequences, length, hidden] of one text at one boundary; rests off the device."""
+    """Hidden states [num_sequences, length, hidden] of one text at one boundary; rests off the device.
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, file: Path | None) -> None:
+    `positions_NT` are those of the text, see `calibration.source.TextSet`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        file: Path | None,
+        positions_NT: Tensor | None = None,
+    ) -> None:
         self._file = file
+        self.positions_NT = positions_NT
         if file is None:
             self.states_NTH = torch.empty(shape, dtype=dtype)
         else:
@@ -39,6 +49,10 @@ class Activations:
         """Consecutive slices of at most `size` sequences."""
         for start in range(0, len(self), size):
             yield slice(start, min(start + size, len(self)))
+
+    def positions(self, where: slice) -> Tensor | None:
+        """The positions of some sequences, on the host."""
+        return None if self.positions_NT is None else self.positions_NT[where]
 
     def read(self, where: slice | Tensor, plan: DevicePlan) -> Tensor:
         """Some sequences, on the device."""
@@ -72,15 +86,15 @@ class Stores:
     on_disk: bool
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    def new(self, num_sequences: int, length: int) -> Activations:
+    def new(self, num_sequences: int, length: int, positions_NT: Tensor | None = None) -> Activations:
         """An empty store for a text of that size."""
         shape = (num_sequences, length, self.hidden_size)
         if not self.on_disk:
-            return Activations(shape, self.dtype, None)
+            return Activations(shape, self.dtype, None, positions_NT)
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{next(self._numbers)}.activations"
         try:
-            return Activations(shape, self.dtype, file)
+            return Activations(shape, self.dtype, file, positions_NT)
         except (OSError, RuntimeError) as error:
             raise RunError(
                 f"activations cannot be stored in {self.folder}: {error}; free disk space"

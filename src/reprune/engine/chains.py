@@ -29,10 +29,13 @@ class Chains:
 
     def _embed(self) -> Boundary:
         embedded = {}
+        if any(text.positions_NT is not None for text in self.texts):
+            self.model.check_texts_apart()
         for text in self.texts:
-            store = self.stores.new(*text.tokens_NT.shape)
+            count, length = text.tokens_NT.shape
+            store = self.stores.new(count, length, text.positions_NT)
             for where in store.batches(self.model.plan.sequences_a_pass(store.length)):
-                store.write(where, self.model.embed(text.tokens_NT[where]))
+                store.write(where, self.model.embed(text.tokens_NT[where], store.positions(where)))
             embedded[text.key] = store
         return embedded
 
@@ -57,10 +60,10 @@ class Chains:
             standing_in = {name: tensor.to(plan.device) for name, tensor in (weights or {}).items()}
             for text in self.texts if only is None else only:
                 source = inputs[text.key]
-                store = self.stores.new(len(source), source.length)
+                store = self.stores.new(len(source), source.length, source.positions_NT)
                 for where in source.batches(plan.sequences_a_pass(source.length)):
                     hidden = source.read(where, plan)
-                    call = model.call(block, len(hidden), source.length)
+                    call = model.call(block, len(hidden), source.length, source.positions(where))
                     store.write(
                         where, call.run(model.blocks[block], hidden, weights=standing_in, until=until)
                     )
@@ -77,7 +80,8 @@ class Chains:
             source = inputs[text.key]
             for where in islice(source.batches(plan.sequences_a_pass(source.length)), at_most):
                 hidden = source.read(where, plan)
-                model.call(block, len(hidden), source.length).run(model.blocks[block], hidden)
+                call = model.call(block, len(hidden), source.length, source.positions(where))
+                call.run(model.blocks[block], hidden)
 
     def advance_dense(self, block: int) -> None:
         """x̄_{i+1} from x̄_i; the block must still have its dense weights."""

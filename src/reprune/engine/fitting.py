@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from reprune.calibration.roles import Texts
@@ -50,9 +49,6 @@ class Fit:
         objective = self._objective(self.texts.reconstruction)
         stopping = [text for text in self.texts.validation if text.name == technique.stop_on]
         validation = self._objective(stopping) if stopping else None
-        for part in (objective, validation):
-            if isinstance(part, WindowObjective):
-                part.record_calls(technique.batch_size)
         whole = technique.loss == LANGUAGE
         modules: list[nn.Module] = [model.model] if whole else [model.blocks[block] for block in self.blocks]
         name = "" if self.submodule is None else self.submodule.name
@@ -82,7 +78,7 @@ class Fit:
     def _objective(self, texts: Sequence[TextSet]) -> Objective:
         technique, model = self.technique, self.chains.model
         if technique.loss == LANGUAGE:
-            return LanguageObjective(model, torch.cat([text.tokens_NT for text in texts]))
+            return LanguageObjective.of(model, texts)
         inputs = self._inputs()
         targets = self._targets(texts)
         pairs = Pairs([inputs[text.key] for text in texts], [targets[text.key] for text in texts])

@@ -173,7 +173,7 @@ class BlockPruning:
             student, teacher = students[text.key], self.dense_inputs[text.key]
             for where in student.batches(plan.sequences_a_pass(student.length)):
                 hidden = student.read(where, plan)
-                call = model.call(self.block, len(hidden), student.length)
+                call = model.call(self.block, len(hidden), student.length, student.positions(where))
                 with _watching(views) as pruned_inputs:
                     call.run(module, hidden)
                 with _watching(views) as dense_inputs:

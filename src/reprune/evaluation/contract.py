@@ -42,7 +42,11 @@ class Outcome:
 
 
 class Evaluator(Protocol):
-    """One entry of an evaluation suite."""
+    """One entry of an evaluation suite.
+
+    It may say `needs_dense: ClassVar[bool] = True` where it can only compare with the dense model, and have
+    `check_room(max_length, key)`, which raises ConfigError for what does not fit the model's context beside its texts.
+    """
 
     def cut(self, tokenizer: Any, key: str) -> dict[str, TextSet]:
         """The texts it will use, by name. ConfigError below `key` for texts that are missing or too short."""

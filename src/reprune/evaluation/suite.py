@@ -14,7 +14,7 @@ import transformers
 from reprune import RESULTS_VERSION
 from reprune.cache import cached_folder
 from reprune.calibration.source import TextSet
-from reprune.errors import RunError
+from reprune.errors import ConfigError, RunError
 from reprune.evaluation.contract import Evaluator, OnProgress, Outcome, Task
 from reprune.files import read_json, sha256_of_json, write_json
 from reprune.model.loading import LoadedModel
@@ -86,6 +86,21 @@ def dense_result(model: LoadedModel, entry: SuiteEntry, scratch: Path, report: R
 
 class _IncompleteError(Exception):
     """Keeps a result of which parts failed out of the cache."""
+
+
+def check_evaluation_room(suite: Sequence[SuiteEntry], max_length: int | None) -> None:
+    """ConfigError for texts, and whatever else an evaluator puts into a row, that the model's context does not hold."""
+    if max_length is None:
+        return
+    for entry in suite:
+        key = f"evaluation.{entry.name}"
+        longest = max((text.tokens_NT.shape[1] for text in entry.texts.values()), default=0)
+        if longest > max_length:
+            raise ConfigError(
+                f"{key}.length", "longer than the model's context", value=longest, accepted=f"at most {max_length}"
+            )  # fmt: skip
+        if hasattr(entry.evaluator, "check_room"):
+            entry.evaluator.check_room(max_length, key)
 
 
 def evaluation_file(folder: Path, entry: SuiteEntry) -> Path:

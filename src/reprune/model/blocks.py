@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from reprune.errors import ConfigError, RunError
+from reprune.model.documents import documents_apart
 
 
 def find_blocks(model: nn.Module, num_blocks: int | None, path: str | None) -> nn.ModuleList:
@@ -118,16 +119,20 @@ def hidden_of(output: Any) -> Tensor:
     return hidden
 
 
+Wraps = dict[type, tuple[Any, ...] | None]
+"""By class of block: what it returns behind the hidden states, None where it returns these alone."""
+
+
 class _Recorder:
     """Stands in for a block's forward: keeps the arguments, hands the hidden states on unchanged.
 
     The first block of each class runs for real once, which tells whether such blocks return a tensor or a tuple.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wraps: Wraps) -> None:
         self.calls: list[BlockCall] = []
         self.first_hidden: Tensor | None = None
-        self.wraps: dict[type, tuple[Any, ...] | None] = {}
+        self.wraps = wraps
 
     def stand_in(self, block: nn.Module) -> Any:
         real = block.forward
@@ -164,21 +169,33 @@ def _standing_in(blocks: nn.ModuleList, recorder: _Recorder) -> Iterator[None]:
 
 @torch.no_grad()
 def record_calls(
-    model: nn.Module, base: nn.Module, blocks: nn.ModuleList, tokens_BT: Tensor
+    base: nn.Module,
+    blocks: nn.ModuleList,
+    tokens_BT: Tensor,
+    positions_BT: Tensor | None,
+    wraps: Wraps,
 ) -> tuple[Tensor, list[BlockCall]]:
     """What enters block 0, and each block's own arguments, for a batch of token ids [batch, tokens].
 
-    Replaying block 0's arguments for all blocks is wrong where attention types alternate.
+    Where `positions_BT` begin anew, the documents of a row are kept apart. `wraps` is filled with what blocks return;
+    with all classes in it no block runs. Replaying block 0's arguments for all blocks is wrong where attention types
+    alternate.
     """
-    recorder = _Recorder()
-    with _standing_in(blocks, recorder):
-        base(input_ids=tokens_BT, use_cache=False)
+    recorder = _Recorder(wraps)
+    with _standing_in(blocks, recorder), documents_apart(blocks, positions_BT):
+        base(input_ids=tokens_BT, use_cache=False, **placed(base, positions_BT))
     if len(recorder.calls) != len(blocks) or recorder.first_hidden is None:
         raise RunError(
             f"{len(recorder.calls)} of {len(blocks)} blocks were called in one forward pass; "
             "set model.blocks_path to the list that holds every block of the text model"
         )
     return recorder.first_hidden, recorder.calls
+
+
+def placed(model: nn.Module, positions_BT: Tensor | None) -> dict[str, Tensor]:
+    """The keyword that tells a model where its tokens stand; none for a model that counts relative positions only."""
+    takes = "position_ids" in signature(type(model).forward).parameters
+    return {"position_ids": positions_BT} if positions_BT is not None and takes else {}
 
 
 def same_calls(first: list[BlockCall], second: list[BlockCall]) -> bool:

@@ -4,35 +4,64 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from reprune.model.head import (
+    LOGITS_AT_ONCE,
+    final_hidden,
+    has_trunk,
+    head_logits,
+    in_chunks,
+    vocabulary_size,
+)
 from reprune.model.loading import LoadedModel
-
-LOGITS_A_PASS = 2**26
 
 
 @torch.no_grad()
-def token_losses(model: LoadedModel, tokens_BT: Tensor) -> Tensor:
+def token_losses(model: LoadedModel, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
     """Of every token but the first of each row, in nats: float32 [rows, tokens − 1], on the host.
 
-    The caller holds the model on its device. All rows go through at once: see `rows_a_pass`.
+    `positions_BT` begin anew at each text of a row, and the first token of each such text is predicted from nothing that
+    belongs to it: its loss, which is there as well, means nothing. None where each row is one text. The caller holds the model on its device. All rows go through the blocks at once (see `rows_a_pass`), the head takes
+    some positions at a time, so that the logits of all are never there.
     """
-    logits = model.logits(tokens_BT)[:, :-1].float()
-    targets = tokens_BT[:, 1:].to(logits.device)
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view(targets.shape).cpu()
+    hidden = final_hidden(model, tokens_BT, positions_BT)[:, :-1].flatten(0, 1)
+    targets_BT = tokens_BT[:, 1:].to(hidden.device)
+    targets = targets_BT.flatten()
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+    for where in in_chunks(model, len(targets)):
+        logits = head_logits(model, hidden[where]).float()
+        losses[where] = cross_entropy(logits, targets[where], reduction="none")
+    return losses.view(targets_BT.shape).cpu()
 
 
 def rows_a_pass(model: LoadedModel, length: int) -> int:
-    """How many rows of `length` tokens go through at once, so that their logits fit."""
-    vocabulary = int(model.model.get_output_embeddings().weight.shape[0])
-    return max(1, min(LOGITS_A_PASS // (vocabulary * length), model.plan.sequences_a_pass(length)))
+    """How many rows of `length` tokens go through at once; the caller holds the model on its device.
+
+    What a block has room for; where the model has no trunk to go without logits, fewer.
+    """
+    fitting = model.plan.sequences_a_pass(length)
+    if has_trunk(model):
+        return fitting
+    return max(1, min(LOGITS_AT_ONCE // (vocabulary_size(model) * length), fitting))
 
 
 @torch.no_grad()
-def row_losses(model: LoadedModel, tokens_NT: Tensor) -> Tensor:
-    """The mean of every row's token losses, float64 [rows]."""
-    size = rows_a_pass(model, tokens_NT.shape[1])
+def row_losses(model: LoadedModel, tokens_NT: Tensor, positions_NT: Tensor | None = None) -> Tensor:
+    """The mean of every row's token losses, float64 [rows]; without those of the first token of a text.
+
+    `positions_NT` begin anew at each text of a row; None where each row is one text.
+    """
+    found = []
     with model.plan.holding(model.model):
-        return torch.cat(
-            [token_losses(model, rows).double().mean(dim=1) for rows in torch.split(tokens_NT, size)]
-        )
+        size = rows_a_pass(model, tokens_NT.shape[1])
+        for start in range(0, len(tokens_NT), size):
+            rows = tokens_NT[start : start + size]
+            if positions_NT is None:
+                found.append(token_losses(model, rows).double().mean(dim=1))
+                continue
+            places = positions_NT[start : start + size]
+            within = places[:, 1:] != 0
+            losses = token_losses(model, rows, places).double().where(within, 0)
+            found.append(losses.sum(dim=1) / within.sum(dim=1))
+    return torch.cat(found)

@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from reprune.errors import ConfigError, RunError
-from reprune.model.blocks import BlockCall, find_blocks, record_calls, same_calls
+from reprune.model.blocks import BlockCall, Wraps, find_blocks, placed, record_calls, same_calls
 from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan
+from reprune.model.documents import documents_apart
 from reprune.model.linears import LinearView, linears_of
 from reprune.model.submodules import Submodule, find_submodules
 
 _TRACED_TOKENS = 4
+_ROUNDING = 64
+_NOT_APART = (
+    "does not keep documents apart that are packed into one window; "
+    "use cut=crop, or cross_documents=true on the packed text"
+)
 
 
 @dataclass
@@ -33,6 +39,8 @@ class LoadedModel:
     plan: DevicePlan
     identity: dict[str, Any]
     _calls: dict[tuple[int, int], list[BlockCall]] = field(default_factory=dict)
+    _placed: tuple[Tensor, list[BlockCall]] | None = None
+    _wraps: Wraps = field(default_factory=dict)
     _submodules: dict[int, list[Submodule]] = field(default_factory=dict)
 
     @property
@@ -60,10 +68,13 @@ class LoadedModel:
         return self._submodules[block]
 
     @torch.no_grad()
-    def embed(self, tokens_BT: Tensor) -> Tensor:
+    def embed(self, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """What enters block 0 for token ids [batch, tokens]: [batch, tokens, hidden], on the host."""
-        hidden, calls = record_calls(self.model, self.base, self.blocks, tokens_BT)
-        known = self._calls.setdefault((tokens_BT.shape[0], tokens_BT.shape[1]), calls)
+        hidden, calls = record_calls(self.base, self.blocks, tokens_BT, positions_BT, self._wraps)
+        if positions_BT is None:
+            known = self._calls.setdefault((tokens_BT.shape[0], tokens_BT.shape[1]), calls)
+        else:
+            known = self._recorded(tokens_BT.shape, positions_BT)
         if not same_calls(known, calls):
             raise RunError(
                 f"{self.name}: the arguments of its blocks depend on the tokens, which block-by-block replay "
@@ -71,12 +82,33 @@ class LoadedModel:
             )
         return hidden
 
-    def call(self, block: int, batch: int, length: int) -> BlockCall:
-        """How block `block` is called for a batch of that size and length, arguments on the device."""
-        key = (batch, length)
-        if key not in self._calls:
-            self.embed(torch.zeros(batch, length, dtype=torch.long))
-        recorded = self._calls[key][block]
+    @torch.no_grad()
+    def _recorded(self, shape: torch.Size, positions_BT: Tensor | None) -> list[BlockCall]:
+        """The calls of all blocks for a batch of that shape: by shape where each row is one text, else by positions."""
+        batch, length = shape
+        if positions_BT is None and (batch, length) in self._calls:
+            return self._calls[batch, length]
+        # Masks of packed texts are as large as attention: only those of the batch at hand are kept.
+        if (
+            positions_BT is not None
+            and self._placed is not None
+            and torch.equal(self._placed[0], positions_BT)
+        ):
+            return self._placed[1]
+        any_tokens = torch.zeros(shape, dtype=torch.long)
+        _, calls = record_calls(self.base, self.blocks, any_tokens, positions_BT, self._wraps)
+        if positions_BT is None:
+            self._calls[batch, length] = calls
+        else:
+            self._placed = positions_BT, calls
+        return calls
+
+    def call(self, block: int, batch: int, length: int, positions_BT: Tensor | None = None) -> BlockCall:
+        """How block `block` is called for a batch of that size and length, arguments on the device.
+
+        `positions_BT`, on the host, begin anew at each text of a row; None where each row is one text.
+        """
+        recorded = self._recorded(torch.Size((batch, length)), positions_BT)[block]
         put = self.plan.put
         positional, keywords = put(recorded.positional), put(recorded.keywords)
         assert isinstance(positional, tuple)
@@ -89,16 +121,45 @@ class LoadedModel:
         return str(next(name for name, module in self.model.named_modules() if module is self.blocks))
 
     @torch.no_grad()
-    def logits(self, tokens_BT: Tensor) -> Tensor:
-        """Logits [batch, tokens, vocabulary] on the device; the caller holds the model there."""
-        return self.differentiable_logits(tokens_BT, {})
+    def check_texts_apart(self) -> None:
+        """RunError for a model in which a text that is packed behind another one is not computed as if it were alone.
 
-    def differentiable_logits(self, tokens_BT: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        Such are models that carry a state from token to token, or count positions in a way of their own.
+        """
+        first, second = torch.zeros(1, 3, dtype=torch.long), torch.arange(1, 6).unsqueeze(0)
+        places = torch.cat([torch.arange(3), torch.arange(5)]).unsqueeze(0)
+        both = torch.cat([first, second], dim=1)
+        told = placed(self.model, places)
+        try:
+            with documents_apart(self.blocks, places):
+                packed = self.model(input_ids=both, use_cache=False, **told).logits[:, len(first[0]) :]
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise RunError(f"{self.name} {_NOT_APART} ({_first_line(error)})") from error
+        alone = self.model(input_ids=second, use_cache=False).logits
+        if float((packed - alone).abs().max()) > _ROUNDING * torch.finfo(alone.dtype).eps * float(
+            alone.abs().max()
+        ):
+            raise RunError(f"{self.name} {_NOT_APART}")
+
+    @torch.no_grad()
+    def logits(self, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        """Logits [batch, tokens, vocabulary] on the device; the caller holds the model there."""
+        return self.differentiable_logits(tokens_BT, {}, positions_BT)
+
+    def differentiable_logits(
+        self, tokens_BT: Tensor, weights: Mapping[str, Tensor], positions_BT: Tensor | None = None
+    ) -> Tensor:
         """As `logits`, with gradients; `weights` stand in for the model's own tensors of these names."""
-        keywords = {"input_ids": tokens_BT.to(self.plan.device), "use_cache": False}
-        output = (
-            functional_call(self.model, dict(weights), (), keywords) if weights else self.model(**keywords)
-        )
+        keywords: dict[str, Any] = {"input_ids": tokens_BT.to(self.plan.device), "use_cache": False}
+        if positions_BT is not None:
+            positions_BT = positions_BT.to(self.plan.device)
+            keywords |= placed(self.model, positions_BT)
+        with documents_apart(self.blocks, positions_BT):
+            output = (
+                functional_call(self.model, dict(weights), (), keywords)
+                if weights
+                else self.model(**keywords)
+            )
         logits = output.logits
         assert isinstance(logits, Tensor)
         return logits

@@ -9,11 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from reprune.calibration.source import TextSet
 from reprune.engine.activations import Activations
 from reprune.errors import ConfigError
 from reprune.model.loading import LoadedModel
 from reprune.reconstruction.losses import weighted_loss
 
+_NOT_PREDICTED = -100
 WeightsOf = Callable[[int], dict[str, Tensor]]
 """Tensors that stand in for a block's own, by the block's number."""
 
@@ -40,12 +42,13 @@ class Pairs:
     def __len__(self) -> int:
         return sum(len(text) for text in self.inputs)
 
-    def batch(self, samples: Sequence[int], model: LoadedModel) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some samples, float32, on the device."""
+    def batch(self, samples: Sequence[int], model: LoadedModel) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Inputs and targets of some samples, float32, on the device; positions on the host where any begins anew."""
         rows = [self._locate(sample) for sample in samples]
         inputs = torch.stack([self.inputs[text].states_NTH[row] for text, row in rows])
         targets = torch.stack([self.targets[text].states_NTH[row] for text, row in rows])
-        return inputs.to(model.plan.device).float(), targets.to(model.plan.device).float()
+        positions = _stacked([(self.inputs[text].positions_NT, row) for text, row in rows], inputs.shape[1])
+        return inputs.to(model.plan.device).float(), targets.to(model.plan.device).float(), positions
 
     def _locate(self, sample: int) -> tuple[int, int]:
         for text, store in enumerate(self.inputs):
@@ -53,6 +56,14 @@ class Pairs:
                 return text, sample
             sample -= len(store)
         raise AssertionError("sample beyond the last")
+
+
+def _stacked(rows: Sequence[tuple[Tensor | None, int]], length: int) -> Tensor | None:
+    """Positions of rows of several texts; None where each row is one text."""
+    if all(positions is None for positions, _ in rows):
+        return None
+    plain = torch.arange(length)
+    return torch.stack([plain if positions is None else positions[row] for positions, row in rows])
 
 
 @dataclass(frozen=True)
@@ -69,26 +80,29 @@ class WindowObjective:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def record_calls(self, batch_size: int) -> None:
-        """Record how the blocks are called, which runs on the host in the model's dtype: before training moves them."""
-        for size in {min(batch_size, len(self)), len(self) % batch_size} - {0}:
-            self.model.call(self.blocks.start, size, self.pairs.inputs[0].length)
-
     def loss(self, samples: Sequence[int], weights: WeightsOf) -> Tensor:
         """See Objective."""
-        hidden, target = self.pairs.batch(samples, self.model)
+        hidden, target, positions = self.pairs.batch(samples, self.model)
         for block in self.blocks:
-            call = self.model.call(block, len(samples), hidden.shape[1]).in_float32()
+            call = self.model.call(block, len(samples), hidden.shape[1], positions).in_float32()
             hidden = call.run(self.model.blocks[block], hidden, weights=weights(block), until=self.until)
         return weighted_loss(self.loss_name, self.token_weight, hidden, target)
 
 
 @dataclass(frozen=True)
 class LanguageObjective:
-    """Mean next-token cross-entropy of the whole model."""
+    """Mean next-token cross-entropy of the whole model; the first token of a text is predicted by nothing."""
 
     model: LoadedModel
     tokens_NT: Tensor
+    positions_NT: Tensor | None = None
+
+    @staticmethod
+    def of(model: LoadedModel, texts: Sequence[TextSet]) -> LanguageObjective:
+        """Over the windows of several texts of one length."""
+        tokens_NT = torch.cat([text.tokens_NT for text in texts])
+        rows = [(text.positions_NT, row) for text in texts for row in range(len(text.tokens_NT))]
+        return LanguageObjective(model, tokens_NT, _stacked(rows, tokens_NT.shape[1]))
 
     def __len__(self) -> int:
         return len(self.tokens_NT)
@@ -101,8 +115,14 @@ class LanguageObjective:
             for block in range(len(self.model.blocks))
             for name, tensor in weights(block).items()
         }
-        logits = self.model.differentiable_logits(tokens, replaced)
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+        positions = None if self.positions_NT is None else self.positions_NT[list(samples)]
+        logits = self.model.differentiable_logits(tokens, replaced, positions)
+        targets = tokens[:, 1:]
+        if positions is not None:
+            targets = targets.masked_fill(positions[:, 1:].to(targets.device) == 0, _NOT_PREDICTED)
+        return nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=_NOT_PREDICTED
+        )
 
 
 def check_lengths(lengths: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""`reprune-report DIR…`: a table of the runs below, a plot of error by block, both as files too."""
+"""`reprune-report DIR…`: a table of the runs below, a plot of error by block, both as files too; `paired RUN RUN`."""
 
 from __future__ import annotations
 
@@ -9,34 +9,82 @@ from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
+from rich.table import Table
 
+from reprune.errors import ConfigError
+from reprune.exit_codes import exit_codes
+from reprune.reporting.data_tables import print_whole
 from reprune.reporting.frame import blocks, results
+from reprune.reporting.paired import paired
 from reprune.reporting.tables import arm_table, rich_table
 from reprune.tracking.progress import CONSOLE
 
-TITLE = "last block: error per element and per-token relative error; whole model: perplexity"
+TITLE = "last block: error per element and per-token relative error; whole model: perplexity, and what else was evaluated"
 
 
 def main() -> None:
     """Exit code 2 when there is nothing to report."""
-    parser = argparse.ArgumentParser(prog="reprune-report", description="Tables and plots of finished runs.")
+    with exit_codes():
+        if sys.argv[1:2] == ["paired"]:
+            _paired(sys.argv[2:])
+        else:
+            _report(sys.argv[1:])
+
+
+def _report(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="reprune-report",
+        description="Tables and plots of finished runs; `reprune-report paired RUN RUN` compares two example by example.",
+    )
     parser.add_argument(
         "places", nargs="+", type=Path, metavar="DIR", help="run folders, or folders that hold some"
     )
     parser.add_argument("--out", type=Path, help="where the files go (default: DIR/report)")
     parser.add_argument("--svg", type=Path, help="also save the printed table as a picture")
-    given = parser.parse_args()
-    missing = [str(place) for place in given.places if not place.is_dir()]
-    if missing:
-        print(f"no such folder: {', '.join(missing)}", file=sys.stderr)
-        raise SystemExit(2)
+    given = parser.parse_args(arguments)
+    _check_folders(given.places)
     frame = results(*given.places)
     if frame.empty:
-        print(
-            f"no run folders below {', '.join(map(str, given.places))}: run `reprune` first", file=sys.stderr
-        )
-        raise SystemExit(2)
+        places = ", ".join(map(str, given.places))
+        raise ConfigError("", f"no run folders below {places}", hint="run `reprune` first")
     _show(frame, given.places, given.out or given.places[0] / "report", given.svg)
+
+
+def _paired(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="reprune-report paired",
+        description="Two runs on the same questions: what one had right and the other has not.",
+    )
+    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
+    given = parser.parse_args(arguments)
+    _check_folders(given.runs)
+    frame = paired(*given.runs)
+    table = Table(header_style="bold", pad_edge=False, padding=(0, 1))
+    for column in frame.columns:
+        table.add_column(column, justify="left" if column in ("task", "filter") else "right", no_wrap=True)
+    for _, row in frame.iterrows():
+        table.add_row(*[_number(value) for value in row])
+    print_whole(table)
+    first, second = (run.resolve().name for run in given.runs)
+    CONSOLE.print(f"first   {first}\nsecond  {second}", highlight=False, markup=False)
+    CONSOLE.print("difference: second − first, 95 % interval over examples; p: McNemar's exact test, a task each", highlight=False)  # fmt: skip
+    if given.csv is not None:
+        given.csv.parent.mkdir(parents=True, exist_ok=True)
+        frame.to_csv(given.csv, index=False)
+        CONSOLE.print(f"table   {given.csv}", highlight=False, markup=False)
+
+
+def _number(value: object) -> str:
+    if isinstance(value, float):
+        return "–" if pd.isna(value) else f"{value:.3f}"
+    return "–" if value is None else str(value)
+
+
+def _check_folders(places: list[Path]) -> None:
+    missing = [str(place) for place in places if not place.is_dir()]
+    if missing:
+        raise ConfigError("", f"no such folder: {', '.join(missing)}")
 
 
 def _show(frame: pd.DataFrame, places: list[Path], out: Path, svg: Path | None) -> None:

@@ -76,7 +76,7 @@ def print_one(
         f"{name} {str(value)[:16]}" for name, value in text.source.items() if value is not None
     )
     CONSOLE.print(f"\n{text.name}  ({source})", highlight=False, markup=False)
-    _print_whole(table)
+    print_whole(table)
     for number, sample in enumerate(samples):
         CONSOLE.print(f"\nwindow {number}", highlight=False)
         CONSOLE.print(sample, highlight=False, markup=False)
@@ -91,10 +91,11 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(MEASURES[measure][0], justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row["set"], *[_cell(measure, row.get(measure)) for measure in columns])
-    _print_whole(table)
+    print_whole(table)
 
 
-def _print_whole(table: Table) -> None:
+def print_whole(table: Table) -> None:
+    """Print a table as wide as it is."""
     # A narrow pipe or log must not fold numbers.
     width = max(CONSOLE.width, Console(width=1000).measure(table).maximum)
     Console(width=width, soft_wrap=True).print(table, highlight=False)

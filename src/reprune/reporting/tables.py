@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pandas as pd
 from rich.table import Table
 
 HELD_OUT = "probe"
+EVALUATED = (
+    ("perplexity", "perplexity/", ""),
+    ("KL", "fidelity/", "/kl"),
+    ("acc", "zero_shot/", "/acc"),
+)
+"""What of an evaluation is in the table: its heading, and what its names begin and end with."""
 
 
 def arm_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -25,8 +31,7 @@ def arm_table(frame: pd.DataFrame) -> pd.DataFrame:
                     value = run[f"{family}/{role}/{column}/last"]
                     if pd.notna(value):
                         row[f"{measure}|{column}"] = value
-        for name in _texts(finished.columns, "eval/pruned/perplexity/", ""):
-            row[f"perplexity|{name}"] = run[f"eval/pruned/perplexity/{name}"]
+        row |= _evaluated(finished.columns, "pruned", lambda name: run[name])  # noqa: B023 (called at once)
         row["|minutes"] = run["seconds"] / 60
         row["|GiB"] = run["peak_memory_bytes"] / 2**30
         rows.append(row)
@@ -35,7 +40,7 @@ def arm_table(frame: pd.DataFrame) -> pd.DataFrame:
         table = pd.concat([_dense_rows(finished), table], ignore_index=True)
         order = [
             column
-            for kind in ("arm", "error", "relative", "perplexity", "")
+            for kind in ("arm", "error", "relative", *(kind for kind, *_ in EVALUATED), "")
             for column in table
             if _kind(str(column)) == kind
         ]
@@ -55,6 +60,16 @@ def _texts(columns: Iterable[str], prefix: str, suffix: str) -> list[str]:
     ]
 
 
+def _evaluated(columns: Iterable[str], which: str, value: Callable[[str], object]) -> dict[str, object]:
+    """The evaluated metrics of the dense or the pruned model, by 'heading|name'."""
+    columns = list(columns)
+    return {
+        f"{kind}|{name}": value(f"eval/{which}/{begin}{name}{end}")
+        for kind, begin, end in EVALUATED
+        for name in _texts(columns, f"eval/{which}/{begin}", end)
+    }
+
+
 def _dense_rows(finished: pd.DataFrame) -> pd.DataFrame:
     """A row for the dense model, or one for each model where there are several."""
     models = list(dict.fromkeys(finished["choice/model"]))
@@ -62,8 +77,7 @@ def _dense_rows(finished: pd.DataFrame) -> pd.DataFrame:
     for model in models:
         runs = finished[finished["choice/model"] == model]
         row: dict[str, object] = {"arm": "dense" if len(models) == 1 else f"dense {model}"}
-        for name in _texts(finished.columns, "eval/dense/perplexity/", ""):
-            row[f"perplexity|{name}"] = runs[f"eval/dense/perplexity/{name}"].dropna().mean()
+        row |= _evaluated(finished.columns, "dense", lambda name: runs[name].dropna().mean())  # noqa: B023 (called at once)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -88,7 +102,7 @@ def _cell(column: str, value: object) -> str:
     number = float(value)  # type: ignore[arg-type]
     if pd.isna(number):
         return "–"
-    if column.startswith("relative"):
+    if column.startswith(("relative", "acc", "KL")):
         return f"{number:.3f}"
     if column.startswith("|"):
         return f"{number:.1f}"
