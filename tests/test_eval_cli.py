@@ -317,14 +317,14 @@ def test_prompts_that_outgrow_the_context_are_told_before_loading(
     """Catches an evaluator whose own check of the model's room is not asked."""
     path = tmp_path / "mine.jsonl"
     write_documents(path)
-    gone = [f"~evaluation.continuations.texts.{name}" for name in ("web", "wiki")]
+    gone = [f"~evaluation.generation.texts.{name}" for name in ("web", "wiki")]
     no_loading(monkeypatch)
     code, _, told = command(
-        "tiny", "evaluation=generation", *gone, f"+evaluation.continuations.texts.mine={path}",
-        "evaluation.continuations.num_tokens=500",
+        "tiny", "evaluation=generation", *gone, f"+evaluation.generation.texts.mine={path}",
+        "evaluation.generation.num_tokens=500",
     )  # fmt: skip
     assert code == 2
-    assert "evaluation.continuations.num_tokens: longer than the model's context" in told
+    assert "evaluation.generation.num_tokens: longer than the model's context" in told
 
 
 def test_generation_of_a_run_beside_its_dense_model(tmp_path: Path, command: Command) -> None:
@@ -332,11 +332,11 @@ def test_generation_of_a_run_beside_its_dense_model(tmp_path: Path, command: Com
     path = tmp_path / "mine.jsonl"
     write_documents(path)
     sizes = {"num_prompts": 3, "prompt_length": 8, "num_tokens": 6}
-    choices = [f"evaluation.continuations.{key}={value}" for key, value in sizes.items()]
-    gone = [f"~evaluation.continuations.texts.{name}" for name in ("web", "wiki")]
+    choices = [f"evaluation.generation.{key}={value}" for key, value in sizes.items()]
+    gone = [f"~evaluation.generation.texts.{name}" for name in ("web", "wiki")]
     plan, _ = run_tiny(tmp_path / "made")
     code, out, _ = command(
-        plan.folder.path, "evaluation=generation", *gone, *choices, f"+evaluation.continuations.texts.mine={path}"
+        plan.folder.path, "evaluation=generation", *gone, *choices, f"+evaluation.generation.texts.mine={path}"
     )  # fmt: skip
     assert code == 0
     [line] = [line for line in out.splitlines() if "greedy/rouge_l_dense" in line]
@@ -447,7 +447,7 @@ def test_interrupted_and_out_of_memory(
     """Catches a trace where a person stopped it, and an exit code of bad input for a device that is too small."""
     for error, code, words in (
         (KeyboardInterrupt(), 130, "interrupted"),
-        (torch.OutOfMemoryError("too much"), 1, "failed: too much"),
+        (torch.OutOfMemoryError("too much"), 1, "failed  perplexity: too much"),
         (OSError(28, "No space left on device", "here"), 1, "failed: here: No space left on device"),
     ):
 
@@ -455,9 +455,9 @@ def test_interrupted_and_out_of_memory(
             raise error
 
         monkeypatch.setattr(eval_model, "load_model", stop)
-        found, _, told = command("tiny", *on)
+        found, out, told = command("tiny", *on)
         assert found == code
-        assert words in told
+        assert words in out + told
 
 
 def test_help_says_what_it_does(command: Command) -> None:

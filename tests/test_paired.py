@@ -15,7 +15,7 @@ from reprune.errors import ConfigError
 from reprune.evaluation.examples import write_examples
 from reprune.files import write_json
 from reprune.reporting import cli
-from reprune.reporting.paired import paired
+from reprune.reporting.paired import paired, paired_texts
 
 
 def evaluated(
@@ -134,11 +134,57 @@ def test_the_command_prints_and_writes_the_pairs(
     cli.main()
     told = capsys.readouterr().out
     [row] = [line.replace("│", " ").split() for line in told.splitlines() if "tiny" in line]
-    assert row[:6] == ["tiny", "none", "4", "0.750", "0.250", "-0.500"]
-    assert row[-3:] == ["2", "0", "0.500"]
+    assert row[:6] == ["tiny", "none", "4", "0.75", "0.25", "-0.5"]
+    assert row[-3:] == ["2", "0", "0.5"]
     assert pd.read_csv(table)["difference"].tolist() == [-0.5]
     monkeypatch.setattr("sys.argv", [*command[:3], str(tmp_path / "gone")])
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def _windows(run: Path, losses: list[float], tokens: list[int], documents: list[int] | None = None) -> Path:
+    """A run folder with one evaluation of perplexity."""
+    (run / "evaluations" / "a").mkdir(parents=True)
+    write_json(run / "evaluations" / "a.json", {"identity": {"evaluator": "perplexity"}})
+    frame = pd.DataFrame({"window": range(len(losses)), "tokens": tokens, "nll": losses})
+    if documents is not None:
+        frame["document"] = documents
+    frame.to_parquet(run / "evaluations" / "a" / "windows_web.parquet")
+    return run
+
+
+@pytest.mark.parametrize("by_document", [False, True])
+def test_losses_are_paired_by_window_or_document(tmp_path: Path, by_document: bool) -> None:
+    """Catches a mean of windows' means where tokens count, windows of one document as independent, and a wrong sign."""
+    stream = np.random.default_rng(1)
+    tokens = [10, 20, 30, 10, 20, 30]
+    first, second = (stream.uniform(20, 60, 6).tolist() for _ in range(2))
+    documents = [0, 0, 1, 1, 2, 2] if by_document else None
+    runs = [
+        _windows(tmp_path / name, it, tokens, documents) for name, it in (("one", first), ("two", second))
+    ]
+    [row] = paired_texts(*runs).to_dict("records")
+    assert row["ppl_first"] == pytest.approx(np.exp(sum(first) / 120))
+    assert row["ppl_second"] == pytest.approx(np.exp(sum(second) / 120))
+    assert row["difference"] == pytest.approx((sum(second) - sum(first)) / 120)
+    gaps = np.array(second) - np.array(first)
+    units = gaps.reshape(3, 2).sum(axis=1) if by_document else gaps
+    scaled = units * len(units) / 120
+    half = t.ppf(0.975, len(units) - 1) * scaled.std(ddof=1) / len(units) ** 0.5
+    assert row["windows"] == len(units)
+    assert (row["low"], row["high"]) == pytest.approx((scaled.mean() - half, scaled.mean() + half))
+
+
+def test_a_folder_that_is_no_run_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches an empty folder that reads as a run without shared examples."""
+    first = evaluated(tmp_path / "one", {"tiny": [True]})
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("sys.argv", ["reprune-report", "paired", str(first), str(tmp_path / "empty")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "this is no run that was evaluated" in capsys.readouterr().err

@@ -278,7 +278,7 @@ def test_field_texts_by_hand(tmp_path: Path) -> None:
     """Catches stripped rows, blank ones or repeated ones left out, another joiner, another number of windows."""
     mirrors = _mirrors(tmp_path / "mirrors")
     given_ = [f"evaluation.perplexity.texts.{name}.mirror={path}" for name, path in mirrors.items()]
-    evaluator = _field(*given_, "evaluation.perplexity.length=8", "evaluation.perplexity.texts.c4.num_rows=7")
+    evaluator = _field(*given_, "evaluation.field.length=8", "evaluation.field.texts.c4.num_rows=7")
     expected = {"wikitext2": "\n\n".join(WIKI), "ptb": " ".join(PTB), "c4": " ".join(C4[:7])}
     texts = evaluator.cut(WITH_BOS, "evaluation.perplexity")
     for name, joined in expected.items():
@@ -301,10 +301,8 @@ def test_record_says_where_a_text_is_from(make_model: MakeModel, tmp_path: Path)
     """Catches a number of which nobody can tell what revision of a text it is of."""
     mirrors = _mirrors(tmp_path / "mirrors")
     gone = [f"~evaluation.perplexity.texts.{name}" for name in ("wikitext2", "c4")]
-    place = f"evaluation.perplexity.texts.ptb.mirror={mirrors['ptb']}"
-    outcome = _evaluate(
-        tmp_path / "out", make_model(), _field(*gone, place, "evaluation.perplexity.length=8")
-    )
+    place = f"evaluation.field.texts.ptb.mirror={mirrors['ptb']}"
+    outcome = _evaluate(tmp_path / "out", make_model(), _field(*gone, place, "evaluation.field.length=8"))
     assert "text 'ptb': mirror" in outcome.notes
     assert "perplexity/ptb" in outcome.metrics
 

@@ -334,8 +334,12 @@ def test_order_and_repetition_do_not_matter(tasks: Path, model: LoadedModel, tmp
     assert without["zero_shot/tiny_yes/brier"] != metrics[0]["zero_shot/tiny_yes/brier"]
 
 
-def test_nothing_else_is_disturbed(tasks: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_else_is_disturbed(
+    tasks: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches seeds, padding, weights or bars of the harness that reach the rest of a run."""
+    # The harness would ask git of the folder it is started in.
+    monkeypatch.chdir(tmp_path)
     model = load_tiny()
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 8)
@@ -381,13 +385,14 @@ def test_progress_rises_to_the_end(tasks: Path, model: LoadedModel, tmp_path: Pa
 
 
 def test_identity_is_content(tasks: Path, model: LoadedModel, tmp_path: Path) -> None:
-    """Catches an identity that holds the folder or the batch size, or misses what is asked."""
+    """Catches an identity that holds the folder, or misses what is asked or how it is batched."""
 
     def identity(folder: Path, **given: Any) -> str:
         return sha256_of_json(zero_shot(folder, "choices", "yes", **given).identity({}))
 
     first = identity(tasks)
-    assert first == identity(write_tasks(tmp_path / "elsewhere"), batch_size=3)
+    assert first == identity(write_tasks(tmp_path / "elsewhere"))
+    assert first != identity(tasks, batch_size=3)
     assert first != identity(write_tasks(tmp_path / "other", seed=1))
     assert len({first, identity(tasks, limit=3), identity(tasks, num_fewshot=1)}) == 3
     text = (tmp_path / "elsewhere" / "yes.yaml").read_text()

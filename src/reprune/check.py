@@ -16,12 +16,12 @@ from reprune.calibration.corpora import CorpusSource
 from reprune.calibration.gather import Request, cut_all, requests_of
 from reprune.calibration.overlap import run_length
 from reprune.calibration.roles import Texts, check_roles
-from reprune.calibration.splits import common_runs, tokenizer_identity
+from reprune.calibration.splits import common_runs
 from reprune.calibration.windows import resolve_bos
 from reprune.compose import Composed
 from reprune.engine.windows import windows_over
 from reprune.errors import ConfigError, require_nonnegative
-from reprune.evaluation.suite import SuiteEntry, check_evaluation_room
+from reprune.evaluation.suite import SuiteEntry, check_suite, described_tokenizer
 from reprune.identity import canonical, schedule_identity, technique_identity
 from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan, plan_device
@@ -150,7 +150,7 @@ def check(composed: Composed) -> RunPlan:
         "results_version": RESULTS_VERSION,
         "model": source.identity(),
         "blocks_path": source.blocks_path,
-        "tokenizer": [tokenizer_identity(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "tokenizer": described_tokenizer(tokenizer),
         "texts": [
             {**request.identity, "bos": resolve_bos(request.source.bos, tokenizer, request.key)}
             for request in requests
@@ -175,7 +175,7 @@ def check(composed: Composed) -> RunPlan:
             raise ConfigError(
                 key, "longer than the model's context", value=length, accepted=f"at most {shapes.max_length}"
             )
-    check_evaluation_room(suite, shapes.max_length)
+    check_suite(suite, shapes.max_length)
     texts, waiting = cut_all(requests, tokenizer, None, seed_data)
     exports = config["export"]["model"]
     sizes = sizes_of(texts, waiting, shapes, technique, device, len(rounds), exports)

@@ -78,6 +78,7 @@ def compose_run(overrides: Sequence[str]) -> Composed:
         GlobalHydra.instance().clear()
     _check_keys(config, RunConfig, "", overrides)
     _check_emptied(config, overrides)
+    _check_lists(overrides)
     _check_keys(config["export"], ExportConfig, "export.", overrides)
     return Composed(config, choices, tuple(overrides), hydra)
 
@@ -113,6 +114,25 @@ def _check_emptied(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
                 key.lstrip("+"), "an empty mapping is merged into what is there and changes nothing", value="{}",
                 accepted=f"values for {', '.join(node)}", hint=f"leave out what is there: {' '.join(inside)}",
             )  # fmt: skip
+
+
+def _check_lists(overrides: Sequence[str]) -> None:
+    """Of several options of a group, `group=[a,b]`, two that fill one key would be merged into one of neither kind."""
+    for item in overrides:
+        key, _, value = item.partition("=")
+        listed = re.fullmatch(r"\[(.*)\]", value.strip())
+        files = {
+            name: config_root() / "conf" / key / f"{name}.yaml"
+            for name in (listed[1].replace(" ", "").split(",") if listed else [])
+        }
+        owner: dict[str, str] = {}
+        for name, file in files.items():
+            for filled in yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else ():
+                if owner.setdefault(filled, name) != name:
+                    raise ConfigError(
+                        key, f"'{owner[filled]}' and '{name}' both fill '{key}.{filled}'", value=value,
+                        hint=f"choose one, and set {key}.{filled}.KEY=… for the rest",
+                    )  # fmt: skip
 
 
 def plain(full: DictConfig) -> dict[str, Any]:
@@ -169,7 +189,7 @@ def translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
         if isinstance(cause, OverrideParseException):
             hint = "quote it for the shell, and what is special to Hydra once more: 'key=\"a=b\"'"
             return ConfigError("", f"cannot be read: {cause.message}", value=cause.override, hint=hint)
-    option = re.search(r"(?:Could not find|In '.*?': Could not find) '([^']+)'", text)
+    option = re.search(r"(?:In '.*?': )?Could not (?:find|load) '([^']+)'", text)
     if option:
         group, _, name = option[1].rpartition("/")
         options = _options(group)
@@ -217,7 +237,7 @@ def _unknown_key(name: str, overrides: Sequence[str]) -> ConfigError:
         return ConfigError(
             name, f"unknown key{files_with(name)}", value=value, accepted=top, hint=did_you_mean(last, top)
         )
-    return ConfigError(name, f"unknown key{files_with(name)}", value=value, accepted=_siblings(head, overrides, last)[0], hint=_siblings(head, overrides, last)[1])  # fmt: skip
+    return ConfigError(name, f"unknown key{files_with(name, overrides)}", value=value, accepted=_siblings(head, overrides, last)[0], hint=_siblings(head, overrides, last)[1])  # fmt: skip
 
 
 def _siblings(head: str, overrides: Sequence[str], last: str) -> tuple[list[str] | None, str | None]:
@@ -254,10 +274,12 @@ def _options(group: str) -> list[str]:
     return []
 
 
-def files_with(key: str) -> str:
-    """' (in FILE)' for an experiment or arm file that sets the dotted key, else nothing."""
+def files_with(key: str, overrides: Sequence[str] | None = None) -> str:
+    """' (in FILE)' for an experiment or arm file that sets the dotted key, else nothing; of those `overrides` name."""
     for folder in ("experiments", "conf/arm", "sweeps"):
         for path in sorted((config_root() / folder).rglob("*.yaml")):
+            if overrides is not None and not any(path.stem in item for item in overrides):
+                continue
             node: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
             for part in key.split("."):
                 node = node.get(part, None) if isinstance(node, dict) else None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from reprune.calibration.source import TextSet
-from reprune.errors import RunError
 from reprune.evaluation.contract import Outcome, Task
 from reprune.evaluation.suite import (
     OUTCOME,
@@ -19,15 +18,15 @@ from reprune.evaluation.suite import (
     Report,
     SuiteEntry,
     dense_result,
+    dense_scratch,
     evaluate_pruned,
     evaluation_file,
+    finished,
+    write_result,
 )
-from reprune.files import read_json, write_json
 from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan
 from reprune.model.loading import LoadedModel, load_model
-
-DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Waiting:
             source.name, None, self._tokenizer, nn.ModuleList(), self._plan, source.identity()
         )
         waiting = SuiteEntry(entry.name, _Loading(entry.evaluator, self.model), entry.texts)
-        return dense_result(described, waiting, _scratch(base, entry), report)
+        return dense_result(described, waiting, dense_scratch(base, entry), report)
 
 
 def dense_results(
@@ -121,27 +120,15 @@ def evaluate_alone(
     """Evaluate a model with nothing beside it, and write a file for each entry below `base`."""
     waiting = Waiting(source, tokenizer, plan)
     for entry in suite:
-        if complete(base, entry, beside=False):
+        if finished(base, entry):
             continue
-        file = evaluation_file(base, entry)
-        files = file.with_suffix("")
-        shutil.rmtree(files, ignore_errors=True)
-        try:
-            result = waiting.result(entry.plain, base, report)
-            outcome = result.outcome
-            shutil.copytree(result.folder, files, ignore=shutil.ignore_patterns(OUTCOME, "key.json"))
-            if not any(files.iterdir()):
-                files.rmdir()
-        except RunError as error:
-            outcome = Outcome({}, {entry.name: str(error)})
-        content = {
-            "name": entry.name,
-            "identity": entry.identity,
-            "status": "failed" if outcome.failed else "finished",
-            **asdict(outcome),
-        }
-        write_json(file, content)
-        shutil.rmtree(_scratch(base, entry.plain), ignore_errors=True)
+        # To the cache it is a dense model like any other.
+        result = waiting.result(entry.plain, base, report)
+        partial = evaluation_file(base, entry).with_suffix(".part")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(result.folder, partial, ignore=shutil.ignore_patterns(OUTCOME, "key.json"))
+        write_result(plan, entry, base, result.outcome, None)
+        shutil.rmtree(dense_scratch(base, entry.plain), ignore_errors=True)
 
 
 def evaluate_beside(
@@ -154,30 +141,13 @@ def evaluate_beside(
 ) -> None:
     """Evaluate the dense model, the second of `sources`, free it, then the first; a file for each entry below `base`.
 
-    Each file holds what was found of the dense model too, as `dense`.
+    Each file holds what was found of the dense model too, as `dense`; that is in the identity of its entry.
     """
     source, dense_source = sources
     plain = [entry.plain for entry in suite]
     dense = dense_results(dense_source, tokenizer, plan, plain, base, report)
     model = load_model(source, tokenizer, plan)
     for entry in suite:
-        if not complete(base, entry, beside=True):
+        if not finished(base, entry):
             evaluate_pruned(model, entry, base, dense[entry.name], report)
-            file = evaluation_file(base, entry)
-            write_json(file, {**read_json(file), DENSE: asdict(dense[entry.name].outcome)})
-        shutil.rmtree(_scratch(base, entry.plain), ignore_errors=True)
-
-
-def complete(base: Path, entry: SuiteEntry, beside: bool) -> bool:
-    """Whether a file holds all that was asked for, nothing of it failed."""
-    file = evaluation_file(base, entry)
-    if not file.is_file():
-        return False
-    content = read_json(file)
-    if content["status"] != "finished":
-        return False
-    return not beside or (DENSE in content and not content[DENSE]["failed"])
-
-
-def _scratch(base: Path, entry: SuiteEntry) -> Path:
-    return base / "evaluations" / f"dense-{entry.hash}"
+        shutil.rmtree(dense_scratch(base, entry.plain), ignore_errors=True)

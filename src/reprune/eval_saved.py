@@ -13,10 +13,10 @@ from reprune.check import dtype_of
 from reprune.compose import Composed, compose_run, config_root
 from reprune.data_setting import built
 from reprune.errors import ConfigError, did_you_mean
-from reprune.eval_model import DENSE, ModelEntry, complete, evaluate_alone, evaluate_beside
-from reprune.eval_setting import Found, check_overrides, check_suite
-from reprune.evaluation.suite import check_evaluation_room, evaluation_file
-from reprune.files import read_json, sha256_of_json
+from reprune.eval_model import ModelEntry, evaluate_alone, evaluate_beside
+from reprune.eval_setting import Found, check_chosen, check_overrides, found_in
+from reprune.evaluation.suite import check_suite, described_tokenizer, evaluation_file, finished
+from reprune.files import sha256_of_json
 from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan, plan_device
 from reprune.model.loading import load_config, load_tokenizer, skeleton
@@ -48,7 +48,7 @@ class EvaluatedModel:
         if chosen:
             raise ConfigError("model", "the model is named by the first argument", value=chosen[0])
         composed = _composed(what, overrides)
-        check_suite(composed)
+        check_chosen(composed)
         config = composed.config
         source: ModelSource = build(config["model"], "model", composed.where)
         dense_source = None if dense is None else _dense_source(dense)
@@ -57,6 +57,7 @@ class EvaluatedModel:
         skeleton(source)
         subject = {
             "model": source.identity(),
+            "tokenizer": described_tokenizer(tokenizer),
             "dense": None if dense_source is None else dense_source.identity(),
             "dtype": str(device.dtype),
             "device": device.kind,
@@ -71,16 +72,16 @@ class EvaluatedModel:
             texts = evaluator.cut(tokenizer, key)
             suite.append(ModelEntry(name, evaluator, texts, subject))
         longest = getattr(load_config(source).get_text_config(), "max_position_embeddings", None)
-        check_evaluation_room(suite, longest)
+        check_suite(suite, longest)
         if dense_source is not None:
-            _check_tokenizer(dense_source, suite, str(dense))
+            _check_tokenizer(dense_source, tokenizer, str(dense))
         base = _base(what, source, out)
         return EvaluatedModel(source, dense_source, tokenizer, device, suite, base)
 
     @property
     def there(self) -> bool:
         """See Evaluation."""
-        return all(complete(self.base, entry, beside=self.dense is not None) for entry in self.suite)
+        return all(finished(self.base, entry) for entry in self.suite)
 
     def evaluate(self) -> None:
         """See Evaluation."""
@@ -94,16 +95,7 @@ class EvaluatedModel:
 
     def results(self) -> list[Found]:
         """See Evaluation."""
-        found = []
-        for entry in self.suite:
-            file = evaluation_file(self.base, entry)
-            content = read_json(file)
-            beside = content.get(DENSE, {"metrics": {}, "failed": {}})
-            failed = content["failed"] | {f"dense {part}": why for part, why in beside["failed"].items()}
-            found.append(
-                Found(entry.name, content["metrics"], beside["metrics"], failed, content["notes"], file)
-            )
-        return found
+        return [found_in(entry.name, evaluation_file(self.base, entry)) for entry in self.suite]
 
 
 def _composed(what: str, overrides: Sequence[str]) -> Composed:
@@ -134,16 +126,13 @@ def _dense_source(what: str) -> ModelSource:
     return source
 
 
-def _check_tokenizer(dense: ModelSource, suite: Sequence[ModelEntry], what: str) -> None:
-    """ConfigError for a dense model to whose tokenizer the same text is other tokens."""
-    tokenizer = load_tokenizer(dense)
-    for entry in suite:
-        texts = entry.evaluator.cut(tokenizer, f"evaluation.{entry.name}")
-        if entry.evaluator.identity(texts) != entry.evaluator.identity(entry.texts):
-            raise ConfigError(
-                "--dense", "its tokenizer makes other tokens of the text, so that nothing can be compared",
-                value=what, accepted="the model that was pruned",
-            )  # fmt: skip
+def _check_tokenizer(dense: ModelSource, tokenizer: Any, what: str) -> None:
+    """ConfigError for a dense model with another tokenizer, to which the same text is other tokens."""
+    if described_tokenizer(load_tokenizer(dense)) != described_tokenizer(tokenizer):
+        raise ConfigError(
+            "--dense", "its tokenizer makes other tokens of the text, so that nothing can be compared",
+            value=what, accepted="the model that was pruned",
+        )  # fmt: skip
 
 
 def _base(what: str, source: ModelSource, out: Path | None) -> Path:

@@ -86,7 +86,7 @@ def check_overrides(overrides: Sequence[str], accepted: Sequence[str], why: str)
         raise ConfigError("evaluation", "nothing is chosen to evaluate", hint="e.g. evaluation=perplexity")
 
 
-def check_suite(composed: Composed) -> None:
+def check_chosen(composed: Composed) -> None:
     """ConfigError for a suite without evaluators."""
     if not any(node is not None for node in (composed.config["evaluation"] or {}).values()):
         raise ConfigError("evaluation", "this suite holds no evaluator", hint="e.g. evaluation=perplexity")
@@ -113,8 +113,11 @@ class EvaluatedRun:
             overrides, OF_A_RUN, "this belongs to the run, of which only the evaluation can be chosen anew"
         )
         asked = compose_run(overrides)
-        check_suite(asked)
-        result = read_json(folder.path / "result.json")
+        check_chosen(asked)
+        try:
+            result = read_json(folder.path / "result.json")
+        except ValueError as error:
+            raise ConfigError("RUN", f"its result.json cannot be read: {error}", value=place) from error
         if not folder.id.endswith(f"-{result['config_hash']}"):
             raise ConfigError(
                 "RUN", "the folder of a run ends in its hash, this one was renamed", value=place,
@@ -124,9 +127,11 @@ class EvaluatedRun:
         # What was exported and deleted again is not asked for anew.
         config |= {"evaluation": asked.config["evaluation"], "output_dir": str(folder.path.parent)}
         config |= {"dry_run": False, "export": {"model": False, "masks": False}}
+        # Its tracker has ended with it: what is found later stands in the folder.
+        config |= {"tracking": {"_target_": "reprune.tracking.jsonl.JsonlTracking"}}
         if any(item.lstrip("+").startswith("threads=") for item in overrides):
             config["threads"] = asked.config["threads"]
-        choices = {**result["choices"], "evaluation": asked.choices["evaluation"]}
+        choices = {**result["choices"], "evaluation": asked.choices.get("evaluation", "")}
         plan = check(Composed(config, choices, tuple(overrides), {}))
         _check_same(result["identity"], plan.identity, folder)
         found = EvaluatedRun(replace(plan, folder=folder))
@@ -194,34 +199,21 @@ class EvaluatedRun:
             texts, _ = cut_all(plan.requests, plan.tokenizer, None, plan.seed_data)
             overlap = {**read_json(folder.path / "result.json")["overlap"], **plan.check_texts(texts)}
             meter = StageMeter(plan.device)
-            result = pipeline.result_of(plan, folder.blocks(), meter, dense, overlap)
+            result = pipeline.result_of(plan, folder.blocks(), meter, overlap)
             write_json(folder.path / "result.json", result)
 
     def results(self) -> list[Found]:
         """See Evaluation."""
-        folder, found = self.plan.folder.path, []
-        shown = read_json(folder / "result.json")
-        of_dense = {
-            name.removeprefix("eval/dense/"): value
-            for name, value in shown["metrics"].items()
-            if name.startswith("eval/dense/")
-        }
-        # What failed of the dense model is told by part alone, so it stands once, with the first.
-        failed = {
-            part: reason
-            for part, reason in shown.get("failed_evaluations", {}).items()
-            if part.startswith("dense ")
-        }
-        for entry in self.plan.suite:
-            file = evaluation_file(folder, entry)
-            content = read_json(file)
-            metrics = content["metrics"]
-            dense = {name: of_dense[name] for name in metrics if name in of_dense}
-            found.append(
-                Found(entry.name, metrics, dense, content["failed"] | failed, content["notes"], file)
-            )
-            failed = {}
-        return found
+        folder = self.plan.folder.path
+        return [found_in(entry.name, evaluation_file(folder, entry)) for entry in self.plan.suite]
+
+
+def found_in(name: str, file: Path) -> Found:
+    """What a result file holds."""
+    content = read_json(file)
+    beside = content.get("dense", {"metrics": {}, "failed": {}, "notes": []})
+    failed = content["failed"] | {f"dense {part}": why for part, why in beside["failed"].items()}
+    return Found(name, content["metrics"], beside["metrics"], failed, content["notes"], file)
 
 
 def _check_same(then: Mapping[str, Any], now: Mapping[str, Any], folder: RunFolder) -> None:

@@ -22,7 +22,7 @@ from reprune.engine.layers import PruningPlan
 from reprune.engine.loop import BlockLoop
 from reprune.engine.state import RunState
 from reprune.errors import ConfigError, RunError
-from reprune.evaluation.suite import DenseResult, dense_result, evaluate_pruned, finished, metrics_of
+from reprune.evaluation.suite import dense_result, dense_scratch, evaluate_pruned, finished, metrics_of
 from reprune.files import read_json, write_json, write_tensors
 from reprune.model.loading import LoadedModel, load_model
 from reprune.records import block_metrics, measured_sparsity, reconstruction_metrics
@@ -48,10 +48,12 @@ def run(plan: RunPlan, after_commit: OnCommit = lambda windows: None) -> dict[st
             result: dict[str, Any] = read_json(folder.path / "result.json")
             return result
         try:
-            folder.mark(
-                "running", block=len(folder.blocks()), windows_done=RunState(folder.state).windows_done()
-            )
-            folder.write_setup(yaml.safe_dump(plan.config, sort_keys=False), environment_of(plan.device))
+            # What a finished run was made with and how it ended stay as they were when it is evaluated anew.
+            if not folder.finished:
+                folder.mark(
+                    "running", block=len(folder.blocks()), windows_done=RunState(folder.state).windows_done()
+                )
+                folder.write_setup(yaml.safe_dump(plan.config, sort_keys=False), environment_of(plan.device))
             return _run(plan, after_commit)
         except KeyboardInterrupt:
             _mark_end(folder, "interrupted")
@@ -70,6 +72,8 @@ def run(plan: RunPlan, after_commit: OnCommit = lambda windows: None) -> dict[st
 
 def _mark_end(folder: RunFolder, state: str, **facts: Any) -> None:
     """Write how a run ended; on a full disk what it failed of is told all the same, and the folder reads as killed."""
+    if folder.finished:
+        return
     try:
         folder.mark(state, block=len(folder.blocks()), **facts)
     except OSError as error:
@@ -95,9 +99,7 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
                 write_json(described, describe_run(texts, plan.tokenizer, model, overlap))
         with meter.stage("dense evaluation"):
             dense = {
-                entry.name: dense_result(
-                    model, entry, folder.path / "evaluations" / f"dense-{entry.hash}", view.evaluation
-                )
+                entry.name: dense_result(model, entry, dense_scratch(folder.path, entry), view.evaluation)
                 for entry in plan.suite
             }
         rows, masks = _block_loop(plan, model, texts, meter, view, tracker, after_commit).run()
@@ -109,9 +111,10 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
                     evaluate_pruned(model, entry, folder.path, dense[entry.name], view.evaluation)
         with meter.stage("export"):
             _export(plan, model, masks)
-        result = result_of(plan, rows, meter, dense, overlap)
+        result = result_of(plan, rows, meter, overlap)
         tracker.finish(_summary(result), [{"block": row["block"], **block_metrics(row)} for row in rows])
-    folder.mark("finished")
+    if not folder.finished:
+        folder.mark("finished")
     write_json(folder.path / "result.json", result)
     return result
 
@@ -127,7 +130,7 @@ def _block_loop(
 ) -> BlockLoop:
     folder = plan.folder
     state = RunState(folder.state)
-    if state.windows_done():
+    if state.windows_done() and not folder.finished:
         LOG.info("going on after %d finished windows in %s", state.windows_done(), folder.path)
 
     def committed(windows: int, rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
@@ -220,19 +223,11 @@ def result_of(
     plan: RunPlan,
     rows: list[dict[str, Any]],
     meter: StageMeter,
-    dense: Mapping[str, DenseResult],
     overlap: Mapping[str, float],
 ) -> dict[str, Any]:
     """What `result.json` holds: identity, measured sparsity, time, memory and every metric; `rows` are the blocks'."""
-    pruned, failed = metrics_of(plan.folder.path, plan.suite)
+    evaluated, failed = metrics_of(plan.folder.path, plan.suite)
     earlier = read_json(plan.folder.path / "result.json") if plan.folder.finished else {}
-    # Of an earlier result only the dense twins of what is still shown are kept.
-    twins = {name.replace("eval/pruned/", "eval/dense/", 1) for name in pruned}
-    before = {name: value for name, value in earlier.get("metrics", {}).items() if name in twins}
-    of_dense = {
-        f"eval/dense/{name}": value for it in dense.values() for name, value in it.outcome.metrics.items()
-    }
-    failed |= {f"dense {part}": error for it in dense.values() for part, error in it.outcome.failed.items()}
     result: dict[str, Any] = {
         "id": plan.folder.id,
         "status": "finished",
@@ -245,7 +240,7 @@ def result_of(
         "peak_memory_bytes": meter.peak_bytes,
         "overlap": dict(overlap),
         "suite": [entry.hash for entry in plan.suite],
-        "metrics": {**before, **of_dense, **pruned, **reconstruction_metrics(rows)},
+        "metrics": {**evaluated, **reconstruction_metrics(rows)},
     }
     if earlier:
         # The time and memory of a run are those of its pruning, not of an evaluation added later.

@@ -47,7 +47,7 @@ class WrittenText(TextSource):
 
     cut: Cut = "pack"
     max_new_tokens: int = 512
-    batch_size: int = 16
+    batch_size: int = 32
 
     endless: ClassVar[bool] = True
 

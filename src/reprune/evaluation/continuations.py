@@ -72,7 +72,7 @@ class Continuations:
         if self.prompt_length < 2:
             raise ConfigError("prompt_length", "too short", value=self.prompt_length, accepted="2 or more")
         if not self.texts:
-            raise ConfigError("texts", "no text is named", hint="+evaluation.continuations.texts.NAME=FILE")
+            raise ConfigError("texts", "no text is named", hint="+evaluation.generation.texts.NAME=FILE")
 
     def cut(self, tokenizer: Any, key: str) -> dict[str, TextSet]:
         """See Evaluator: the prompts."""

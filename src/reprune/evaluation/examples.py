@@ -79,9 +79,9 @@ def _is_number(value: Any) -> bool:
 
 
 def not_finite(frame: pd.DataFrame) -> int:
-    """How many examples have a log-likelihood that is not a number."""
+    """How many examples have a log-likelihood that is not a number, or of no choice a finite one."""
     found = frame["log_likelihoods"].dropna()
-    return int(sum(bool(np.isnan(row).any()) for row in found))
+    return int(sum(bool(np.isnan(row).any()) or not bool(np.isfinite(row).any()) for row in found))
 
 
 def write_examples(folder: Path, frame: pd.DataFrame) -> None:

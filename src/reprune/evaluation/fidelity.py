@@ -16,7 +16,7 @@ from torch import Tensor
 from reprune.calibration.source import TextSet
 from reprune.engine.activations import Activations, compare
 from reprune.errors import RunError, require_nonnegative
-from reprune.evaluation.batches import in_batches
+from reprune.evaluation.batches import attempt, in_batches
 from reprune.evaluation.bootstrap import LEVEL, RESAMPLES, noise_of_ratio
 from reprune.evaluation.contract import Outcome, Task
 from reprune.evaluation.perplexity import window_frame, write_frame
@@ -165,12 +165,23 @@ def _keep_states(
         finals.append(hidden)
         progress.add(where)
     tensors = {FINAL: torch.cat(finals)}
-    deep = [[state.cpu() for state in states_by_depth(model, row[None])] for row in tokens_NT[:num_deep]]
+    deep = [_by_depth(model, row, name) for row in tokens_NT[:num_deep]]
     tensors |= {f"{depth}": torch.cat(states) for depth, states in zip(_depths(model), zip(*deep, strict=True), strict=False)}  # fmt: skip
     finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
     if finite:
         write_tensors(task.folder / f"{name}.safetensors", tensors, {"head": head})
     return finite
+
+
+def _by_depth(model: LoadedModel, row: Tensor, name: str) -> list[Tensor]:
+    """What every block and the final norm put out for one row, on the host."""
+    made = attempt(lambda: [state.cpu() for state in states_by_depth(model, row[None])])
+    if made is None:
+        raise RunError(
+            f"fidelity on '{name}': the device is out of memory with the states behind every block of one window; "
+            "set evaluation.fidelity.depth_windows=0 or shorten the windows"
+        )
+    return made[0]
 
 
 def _depths(model: LoadedModel) -> list[str]:
@@ -235,8 +246,8 @@ def _depth_errors(
     there = torch.cat([torch.ones(len(rows), 1, dtype=torch.bool), behind], dim=1)
     found: dict[str, list[Tensor]] = {name: [] for name in _depths(model)}
     for row, kept in zip(rows, there, strict=True):
-        for name, state in zip(found, states_by_depth(model, row[None]), strict=True):
-            found[name].append(state[0].cpu()[kept])
+        for name, state in zip(found, _by_depth(model, row, text.name), strict=True):
+            found[name].append(state[0][kept])
     return {
         name.removeprefix("depth."): compare(
             _stored(dense.get_tensor(name)[there]), _stored(torch.cat(states))

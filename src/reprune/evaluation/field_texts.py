@@ -24,8 +24,8 @@ class Rows:
 class FieldText:
     """The first `num_rows` rows (null: all) of a data set's split, to be joined by `joiner` and tokenised once.
 
-    Rows are taken as they are: nothing is stripped, nothing that stands twice is left out. `lines` says that rows are
-    the lines of a file, blank ones among them, the first one blank, as in WikiText. At most `max_windows` windows are
+    Rows are taken as they are: nothing is stripped, nothing that stands twice is left out; blank rows only where `lines` is
+    false. `lines` says that rows are the lines of a file, blank ones among them, the first one blank, as in WikiText. At most `max_windows` windows are
     scored (null: all). `revision` and `mirror` (a folder in the layout of the data set's repository) as in HubText.
 
     How each text is joined: `get_wikitext2`, `get_ptb`, `get_c4` in sparsegpt's datautils.py

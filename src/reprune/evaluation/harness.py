@@ -42,7 +42,6 @@ class Measured:
     results: Mapping[str, Mapping[str, Any]]
     samples: Mapping[str, Sequence[Mapping[str, Any]]]
     tasks: Mapping[str, Any]
-    groups: Mapping[str, Any]
 
 
 @contextmanager
@@ -143,9 +142,7 @@ def measure(
             **SEEDS,
         )
     assert found is not None
-    return Measured(
-        found["results"], found["samples"], catalogue.loaded["tasks"], catalogue.loaded.get("groups", {})
-    )
+    return Measured(found["results"], found["samples"], catalogue.loaded["tasks"])
 
 
 def task_config(task: Any) -> dict[str, Any]:

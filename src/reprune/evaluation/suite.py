@@ -14,10 +14,13 @@ import transformers
 from reprune import RESULTS_VERSION
 from reprune.cache import cached_folder
 from reprune.calibration.source import TextSet
+from reprune.calibration.splits import tokenizer_identity
 from reprune.errors import ConfigError, RunError
 from reprune.evaluation.contract import Evaluator, OnProgress, Outcome, Task
 from reprune.files import read_json, sha256_of_json, write_json
+from reprune.model.device import DevicePlan
 from reprune.model.loading import LoadedModel
+from reprune.run_folder import environment_of
 
 LIBRARIES = [torch.__version__, transformers.__version__]
 """Part of a cache key: another version may give other last digits, or other kernels."""
@@ -56,11 +59,12 @@ class DenseResult:
 def dense_result(model: LoadedModel, entry: SuiteEntry, scratch: Path, report: Report) -> DenseResult:
     """The dense model's result: computed once for model, evaluator, dtype and device, then read from the cache.
 
-    A result of which parts failed is not kept in the cache but in `scratch`, and is tried again by the next run.
+    A result of which parts failed, or all, is not kept in the cache but in `scratch`, and is tried again by the next run.
     """
     key = {
         **entry.identity,
         "model": model.identity,
+        "tokenizer": described_tokenizer(model.tokenizer),
         "dtype": str(model.plan.dtype),
         "device": model.plan.kind,
         "threads": model.plan.num_threads,
@@ -68,9 +72,8 @@ def dense_result(model: LoadedModel, entry: SuiteEntry, scratch: Path, report: R
     }
 
     def write(folder: Path) -> None:
-        outcome = entry.evaluator.evaluate(
-            Task(model, entry.texts, folder, None, report(f"dense {entry.name}"))
-        )
+        task = Task(model, entry.texts, folder, None, report(f"dense {entry.name}"))
+        outcome = _outcome_of(entry, task)
         write_json(folder / OUTCOME, asdict(outcome))
         if outcome.failed:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -88,8 +91,34 @@ class _IncompleteError(Exception):
     """Keeps a result of which parts failed out of the cache."""
 
 
-def check_evaluation_room(suite: Sequence[SuiteEntry], max_length: int | None) -> None:
-    """ConfigError for texts, and whatever else an evaluator puts into a row, that the model's context does not hold."""
+def _outcome_of(entry: SuiteEntry, task: Task) -> Outcome:
+    """What an evaluator finds; where it cannot go on, that it failed and of what, so that the others still count."""
+    try:
+        return entry.evaluator.evaluate(task)
+    except (RunError, torch.OutOfMemoryError) as error:
+        return Outcome({}, {entry.name: str(error).splitlines()[0]})
+
+
+def described_tokenizer(tokenizer: Any) -> list[Any]:
+    """What of a tokenizer decides which tokens a text becomes."""
+    return [tokenizer_identity(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id]
+
+
+def check_suite(suite: Sequence[SuiteEntry], max_length: int | None) -> None:
+    """ConfigError for entries that would claim the same metrics, and for texts that the model's context does not hold.
+
+    So too for whatever else an evaluator puts into a row, see Evaluator.
+    """
+    claimed: dict[tuple[str, str], str] = {}
+    for entry in suite:
+        kind = type(entry.evaluator).__name__
+        for name in entry.texts or [str(getattr(entry.evaluator, "name", ""))]:
+            owner = claimed.setdefault((kind, name), entry.name)
+            if owner != entry.name:
+                raise ConfigError(
+                    f"evaluation.{entry.name}", f"its metrics have the names of those of evaluation.{owner}",
+                    value=f"{name or kind}", hint="give the text, or the evaluator, another name",
+                )  # fmt: skip
     if max_length is None:
         return
     for entry in suite:
@@ -108,55 +137,88 @@ def evaluation_file(folder: Path, entry: SuiteEntry) -> Path:
     return folder / "evaluations" / f"{entry.hash}.json"
 
 
+def dense_scratch(folder: Path, entry: SuiteEntry) -> Path:
+    """Where a run keeps what could be had of the dense model when not all could, until its own result is written."""
+    return folder / "evaluations" / f"dense-{entry.hash}"
+
+
 def evaluate_pruned(
     model: LoadedModel, entry: SuiteEntry, folder: Path, dense: DenseResult, report: Report
 ) -> None:
     """Evaluate the pruned model and write the result file; a failure is recorded as failed, never as a number."""
+    partial = _emptied(folder, entry)
+    task = Task(model, entry.texts, partial, dense.folder, report(f"pruned {entry.name}"))
+    write_result(model.plan, entry, folder, _outcome_of(entry, task), dense.outcome)
+
+
+def _emptied(folder: Path, entry: SuiteEntry) -> Path:
+    """An empty folder for an evaluator's files, which `write_result` puts into place."""
+    partial = evaluation_file(folder, entry).with_suffix(".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def write_result(
+    plan: DevicePlan, entry: SuiteEntry, folder: Path, outcome: Outcome, dense: Outcome | None
+) -> None:
+    """Put an evaluator's files into place, then write the result file, with the dense model's numbers that go with it.
+
+    `dense` is None where there is no dense model beside it.
+    """
     file = evaluation_file(folder, entry)
     files, partial = file.with_suffix(""), file.with_suffix(".part")
-    for left in (files, partial):
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir(parents=True)
-    task = Task(model, entry.texts, partial, dense.folder, report(f"pruned {entry.name}"))
-    try:
-        outcome = entry.evaluator.evaluate(task)
-    except RunError as error:
-        outcome = Outcome({}, {entry.name: str(error)})
-    if any(partial.iterdir()):
+    file.unlink(missing_ok=True)
+    shutil.rmtree(files, ignore_errors=True)
+    if partial.is_dir() and any(partial.iterdir()):
         partial.rename(files)
     else:
-        partial.rmdir()
+        shutil.rmtree(partial, ignore_errors=True)
+    failed = bool(outcome.failed or (dense is not None and dense.failed))
     content = {
         "name": entry.name,
         "identity": entry.identity,
-        "status": "failed" if outcome.failed else "finished",
+        "environment": environment_of(plan),
+        "status": "failed" if failed else "finished",
         **asdict(outcome),
     }
-    write_json(file, content)
+    write_json(file, content if dense is None else {**content, "dense": asdict(dense)})
+    shutil.rmtree(dense_scratch(folder, entry), ignore_errors=True)
 
 
 def finished(folder: Path, entry: SuiteEntry) -> bool:
-    """Whether the run has this result already."""
+    """Whether the run has this result already, nothing of it failed, nor of the dense model's."""
     path = evaluation_file(folder, entry)
     return path.is_file() and read_json(path)["status"] == "finished"
 
 
 def metrics_of(folder: Path, suite: Sequence[SuiteEntry]) -> tuple[dict[str, float], dict[str, str]]:
-    """All pruned metrics of a run under 'eval/pruned/…', and what failed of `suite` by part.
+    """All metrics under 'eval/pruned/…' and, of the same file, 'eval/dense/…'; and what failed of `suite` by part.
 
-    Where an earlier evaluation has the same metric, that of `suite` counts; where that one failed, none does.
+    Where earlier evaluations have the same metric the latest counts, and that of `suite` before all; where that one
+    failed, none does. So a dense number always stands beside the pruned one that was measured as it was.
     """
     current = {evaluation_file(folder, entry): entry.name for entry in suite}
-    earlier = [path for path in sorted((folder / "evaluations").glob("*.json")) if path not in current]
-    metrics: dict[str, float] = {}
+    earlier = [path for path in (folder / "evaluations").glob("*.json") if path not in current]
+    earlier.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
+    there = [path for path in current if path.is_file()]
+    broken = {current[path] for path in there if read_json(path)["metrics"] == {}}
+    pruned: dict[str, float] = {}
+    dense: dict[str, float] = {}
     failed: dict[str, str] = {}
-    broken = {
-        name for path, name in current.items() if path.is_file() and read_json(path)["status"] != "finished"
-    }
-    for path in [*earlier, *(path for path in current if path.is_file())]:
+    for path in [*earlier, *there]:
         content: Mapping[str, Any] = read_json(path)
         if path in earlier and (content["status"] != "finished" or content["name"] in broken):
             continue
-        metrics |= {f"eval/pruned/{name}": value for name, value in content["metrics"].items()}
-        failed |= content.get("failed", {})
-    return metrics, failed
+        beside = content.get("dense", {"metrics": {}, "failed": {}})
+        # A metric that this file has is taken from it on both sides, or not at all.
+        for name in {**content["metrics"], **beside["metrics"]}:
+            pruned.pop(name, None)
+            dense.pop(name, None)
+        pruned |= content["metrics"]
+        dense |= beside["metrics"]
+        if path in current:
+            failed |= content["failed"]
+            failed |= {f"dense {part}": reason for part, reason in beside["failed"].items()}
+    metrics = {f"eval/dense/{name}": value for name, value in dense.items()}
+    return metrics | {f"eval/pruned/{name}": value for name, value in pruned.items()}, failed

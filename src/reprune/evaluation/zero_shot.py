@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from reprune.evaluation.examples import (
 )
 from reprune.evaluation.harness import SEEDS, VERSION, Measured, measure
 from reprune.evaluation.harness_tasks import Tasks, in_a_line, resolve
+
+LOG = logging.getLogger("reprune")
 
 
 @dataclass(kw_only=True)
@@ -86,6 +89,8 @@ class ZeroShot:
             "limit": self.limit,
             "num_fewshot": self.num_fewshot,
             "seeds": SEEDS,
+            # Other neighbours pad, and so round, differently: a greedy answer may become another.
+            "batch_size": self.batch_size,
         }
 
     def evaluate(self, task: Task) -> Outcome:
@@ -102,9 +107,14 @@ class ZeroShot:
 
                 try:
                     measured, size = self._measure(task, entry, size, outcome.notes, on_share)
-                    metrics = self._metrics(task, measured, outcome.notes)
                 except Exception as error:
                     # Tasks are other people's files: what they may raise has no common class but this one.
+                    LOG.debug("%s/%s", self.name, entry, exc_info=error)
+                    outcome.failed[f"{self.name}/{entry}"] = in_a_line(error)
+                    continue
+                try:
+                    metrics = self._metrics(task, measured, outcome.notes)
+                except RunError as error:
                     outcome.failed[f"{self.name}/{entry}"] = in_a_line(error)
                     continue
                 on_share(1.0)

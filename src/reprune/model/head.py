@@ -104,9 +104,15 @@ def has_trunk(model: LoadedModel) -> bool:
 
 
 def head_hash(model: LoadedModel) -> str:
-    """Hash of the head's tensors, by name: those outside the trunk, and the output embedding, which may be tied."""
+    """Hash of the head's tensors, by name: those outside the trunk, and the output embedding, which may be tied.
+
+    'none' for a model without a trunk.
+    """
     parts = _parts(model)
-    inside = set() if parts is None else {id(tensor) for tensor in _tensors(parts[0]).values()}
+    if parts is None:
+        # Its final hidden states are the logits: no head is needed to make these.
+        return "none"
+    inside = {id(tensor) for tensor in _tensors(parts[0]).values()}
     tied = model.model.get_output_embeddings().weight
     tensors = {
         name: it for name, it in _tensors(model.model).items() if id(it) not in inside and it is not tied

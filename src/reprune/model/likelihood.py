@@ -53,6 +53,8 @@ def row_losses(model: LoadedModel, tokens_NT: Tensor, positions_NT: Tensor | Non
     `positions_NT` begin anew at each text of a row; None where each row is one text.
     """
     found = []
+    if positions_NT is not None:
+        model.check_texts_apart()
     with model.plan.holding(model.model):
         size = rows_a_pass(model, tokens_NT.shape[1])
         for start in range(0, len(tokens_NT), size):

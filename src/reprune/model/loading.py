@@ -133,7 +133,7 @@ class LoadedModel:
         try:
             with documents_apart(self.blocks, places):
                 packed = self.model(input_ids=both, use_cache=False, **told).logits[:, len(first[0]) :]
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise RunError(f"{self.name} {_NOT_APART} ({_first_line(error)})") from error
         alone = self.model(input_ids=second, use_cache=False).logits
         if float((packed - alone).abs().max()) > _ROUNDING * torch.finfo(alone.dtype).eps * float(

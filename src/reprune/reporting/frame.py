@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from reprune.files import read_json
 from reprune.run_folder import RunFolder
@@ -22,8 +25,9 @@ def run_folders(*places: Path) -> list[RunFolder]:
 
 
 def results(*places: Path | str) -> pd.DataFrame:
-    """A row a run: id, state, choices as `choice/GROUP`, metrics under their own names, sparsity, seconds, memory.
+    """A row a run: id, state, config as `config/KEY`, choices as `choice/GROUP`, metrics, sparsity, seconds, memory.
 
+    Metrics have their own names; lists of the config are JSON.
     Units are in the names; what a run does not have is missing, never zero.
     """
     frame = pd.DataFrame([_row(folder) for folder in run_folders(*map(Path, places))])
@@ -39,6 +43,8 @@ def results(*places: Path | str) -> pd.DataFrame:
 
 def _row(folder: RunFolder) -> dict[str, Any]:
     row: dict[str, Any] = {"id": folder.id, "folder": str(folder.path), "state": folder.status().words}
+    config = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
+    row |= {f"config/{key}": value for key, value in _leaves(config)}
     if not folder.finished:
         return row
     result = read_json(folder.path / "result.json")
@@ -52,6 +58,15 @@ def _row(folder: RunFolder) -> dict[str, Any]:
     row |= {f"seconds/{stage}": value for stage, value in result["seconds"].items()}
     row["peak_memory_bytes"] = max(result["peak_memory_bytes"].values())
     return row
+
+
+def _leaves(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a nested config by its dotted key."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", json.dumps(value) if isinstance(value, list) else value
 
 
 def blocks(frame: pd.DataFrame) -> pd.DataFrame:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy.stats import binomtest, ttest_rel
+from scipy.stats import binomtest, ttest_1samp, ttest_rel
 
 from reprune.errors import ConfigError
 from reprune.evaluation.examples import examples_file, paired_rows, read_examples
@@ -68,6 +69,53 @@ def paired(first: Path, second: Path) -> pd.DataFrame:
             hint="evaluate both with the same tasks: evaluation=zero_shot evaluation.zero_shot.tasks=[…]",
         )
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def paired_texts(first: Path, second: Path) -> pd.DataFrame:
+    """Perplexities of two run folders on the same windows, a row a text of every evaluation that both have.
+
+    Columns: text, windows (by document: documents), ppl_first, ppl_second, difference of the mean loss in nats a token
+    (second − first) with its 95 % interval low … high: Student's, of the paired differences of windows' mean losses,
+    each weighted by its tokens; null for a single window. Empty where they share none.
+    """
+    rows = []
+    for result in sorted((first / "evaluations").glob("*.json")):
+        other = second / "evaluations" / result.name
+        if not other.is_file() or read_json(result)["identity"].get("evaluator") != "perplexity":
+            continue
+        for file in sorted(result.with_suffix("").glob("windows_*.parquet")):
+            twin = other.with_suffix("") / file.name
+            if twin.is_file():
+                rows.append({"text": file.stem.removeprefix("windows_"), **_losses(file, twin)})
+    columns = ["text", "windows", "ppl_first", "ppl_second", "difference", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _losses(first: Path, second: Path) -> dict[str, Any]:
+    one, other = pd.read_parquet(first), pd.read_parquet(second)
+    unit = "document" if "document" in one else "window"
+    pairs = one.merge(other, on=[unit, *({"window"} - {unit}), "tokens"], validate="one_to_one")
+    assert len(pairs) == len(one), "windows of one evaluation are the same"
+    tokens = pairs["tokens"].sum()
+    sums = pairs.groupby(unit)[["tokens", "nll_x", "nll_y"]].sum()
+    # Weighted, so that their mean is the difference of the token-weighted losses.
+    differences = (sums["nll_y"] - sums["nll_x"]) / (tokens / len(sums))
+    low = high = None
+    if differences.nunique() > 1:
+        interval = ttest_1samp(differences, 0.0).confidence_interval(LEVEL)
+        low, high = float(interval.low), float(interval.high)
+    means = {
+        name: float(pairs[column].sum() / tokens)
+        for name, column in (("first", "nll_x"), ("second", "nll_y"))
+    }
+    return {
+        "windows": len(sums),
+        "ppl_first": math.exp(means["first"]),
+        "ppl_second": math.exp(means["second"]),
+        "difference": means["second"] - means["first"],
+        "low": low,
+        "high": high,
+    }
 
 
 def _held(run: Path) -> dict[str, list[_Held]]:

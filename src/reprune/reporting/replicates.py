@@ -1,0 +1,85 @@
+"""Which runs are replicates of one arm, and what they come to: seeds within calibration sets, sets within an arm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from reprune.errors import ConfigError, did_you_mean
+
+SET = ("config/calibration.set", "config/seed_data", "config/seed")
+"""What makes another calibration set: its number, or the seed that draws it."""
+
+REPLICATES = (*SET, "config/seed_training")
+"""What runs of one arm may differ in."""
+
+IRRELEVANT = (
+    "config/output_dir",
+    "config/experiment",
+    "config/threads",
+    "config/dry_run",
+    "config/tracking.",
+    "config/export.",
+    "config/evaluation.",
+)
+"""What makes no other arm: it changes no number of the pruned model, or only which numbers there are."""
+
+
+def arms_of(frame: pd.DataFrame) -> list[str]:
+    """The config columns in which runs differ and that make another arm: not replicates, nor what changes no number."""
+    return [
+        column
+        for column in frame.columns
+        if str(column).startswith("config/")
+        and column not in REPLICATES
+        and not str(column).startswith(IRRELEVANT)
+        and frame[column].astype(str).nunique(dropna=False) > 1
+    ]
+
+
+def value_by_set(frame: pd.DataFrame, arm: Mapping[str, Any], metric: str) -> pd.Series:
+    """A metric of the runs in which every column of `arm` has its value, by calibration set; mean over what else is a seed.
+
+    ConfigError for a column that is not there, and for runs of one set that differ in more than a seed.
+    """
+    chosen = frame
+    for column, value in arm.items():
+        if column not in frame:
+            raise ConfigError(
+                "claims", "no run has this column", value=column, hint=did_you_mean(column, map(str, frame.columns))
+            )  # fmt: skip
+        chosen = chosen[chosen[column] == value]
+    differ = arms_of(chosen)
+    if differ:
+        raise ConfigError(
+            "claims", "these runs are several arms, so that they are no replicates", value=dict(arm),
+            accepted=f"one value for {', '.join(differ)}",
+        )  # fmt: skip
+    keys = [column for column in SET if column in chosen]
+    if not keys or chosen.empty:
+        return pd.Series(dtype=float)
+    return chosen.groupby(keys, dropna=False)[metric].mean()
+
+
+def summarise(frame: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+    """A row an arm: the columns in which arms differ, `runs`, `sets`, and for each metric its mean and `METRIC std`.
+
+    The unit is the calibration set: seeds of one set are averaged first; the standard deviation is over sets (n − 1),
+    missing for a single one.
+    """
+    finished = frame[frame["state"] == "finished"]
+    arms = arms_of(finished)
+    keys = [column for column in SET if column in finished]
+    rows = []
+    groups = finished.groupby(arms, dropna=False, sort=False) if arms else [((), finished)]
+    for values, runs in groups:
+        by_set = runs.groupby(keys, dropna=False)[metrics].mean() if keys else runs[metrics]
+        row: dict[str, Any] = dict(zip(arms, values, strict=True)) if arms else {}
+        row |= {"runs": len(runs), "sets": len(by_set)}
+        for metric in metrics:
+            row[metric] = by_set[metric].mean()
+            row[f"{metric} std"] = by_set[metric].std(ddof=1)
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -1,0 +1,150 @@
+"""Verdicts and summaries over replicates: the unit is the calibration set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import t
+
+from reprune.errors import ConfigError
+from reprune.reporting.replicates import arms_of, summarise, value_by_set
+from reprune.reporting.verdicts import Claim, effects_of, fits_calibration, judge, verdict_table
+
+ERROR = "reconstruction/calibration/web/last"
+HELD = "reconstruction/probe/held_out/last"
+NUMBERS = st.lists(st.floats(-5, 5, allow_subnormal=False), min_size=2, max_size=12)
+
+
+def runs(values: dict[str, dict[tuple[int, int], float]], metric: str = ERROR, **more: Any) -> pd.DataFrame:
+    """A finished run for each technique, set and training seed."""
+    rows = [
+        {
+            "state": "finished",
+            "config/reconstruction.name": name,
+            "config/calibration.set": number,
+            "config/seed": 0,
+            "config/seed_data": None,
+            "config/seed_training": seed,
+            "config/output_dir": f"out{number}",
+            metric: value,
+            **more,
+        }
+        for name, found in values.items()
+        for (number, seed), value in found.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def claim(**given: Any) -> Claim:
+    """br against none on the last block's error."""
+    arms = {"arm": {"config/reconstruction.name": "br"}, "against": {"config/reconstruction.name": "none"}}
+    return Claim(**{"name": "it", "metric": ERROR, "side": "below", **arms, **given})
+
+
+@given(NUMBERS, st.floats(-5, 5), st.sampled_from(["above", "below"]))
+def test_rule_is_the_t_interval_against_the_threshold(
+    effects: list[float], threshold: float, side: Any
+) -> None:
+    """Catches an interval of another level or degree, and a verdict that the interval does not give."""
+    found = judge(effects, side, threshold)
+    mean, spread = np.mean(effects), np.std(effects, ddof=1)
+    half = t.ppf(0.975, len(effects) - 1) * spread / len(effects) ** 0.5
+    low, high = mean - half, mean + half
+    assert found.num_sets == len(effects)
+    assert found.effect == pytest.approx(mean, abs=1e-9)
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6, abs=1e-6)
+    assert found.low is not None
+    assert found.high is not None
+    above, below = found.low > threshold, found.high < threshold
+    expected = {"above": (above, below), "below": (below, above)}[side]
+    assert found.word == ("holds" if expected[0] else "does not hold" if expected[1] else "cannot say")
+
+
+@pytest.mark.parametrize("effects", [[], [-3.0]])
+def test_one_set_says_nothing(effects: list[float]) -> None:
+    """Catches a verdict on a single calibration set."""
+    found = judge(effects, "below", 0.0)
+    assert found.word == "cannot say"
+    assert found.low is None
+    assert found.num_sets == len(effects)
+
+
+def test_effects_are_paired_by_set_with_seeds_averaged_first() -> None:
+    """Catches seeds counted as sets, sets that only one arm has, and a difference of means."""
+    frame = runs(
+        {
+            "br": {(0, 0): 1.0, (0, 1): 3.0, (1, 0): 5.0, (3, 0): 100.0},
+            "none": {(0, 0): 4.0, (1, 0): 20.0, (2, 0): 7.0},
+        }
+    )
+    assert list(effects_of(frame, claim())) == [2.0 - 4.0, 5.0 - 20.0]
+    assert list(effects_of(frame, claim(measure="reduction"))) == [0.5, 0.75]
+    assert list(effects_of(frame, claim(measure="ratio"))) == [0.5, 0.25]
+    [row] = verdict_table(frame, [claim(measure="reduction", side="above", threshold=0.5)]).to_dict("records")
+    assert (row["sets"], row["effect"], row["verdict"], row["threshold"]) == (2, 0.625, "cannot say", "> 0.5")
+
+
+def test_unfinished_runs_do_not_count() -> None:
+    """Catches a run that died counted with what it has."""
+    frame = runs({"br": {(0, 0): 1.0, (1, 0): 1.0}, "none": {(0, 0): 2.0, (1, 0): 3.0}})
+    frame.loc[0, "state"] = "killed at block 3"
+    assert verdict_table(frame, [claim()])["sets"].tolist() == [1]
+
+
+def test_runs_of_several_arms_are_no_replicates() -> None:
+    """Catches two sparsities averaged into one arm."""
+    frame = runs({"br": {(0, 0): 1.0}, "none": {(0, 0): 2.0}}, **{"config/sparsity": 0.5})
+    other = runs({"br": {(0, 0): 9.0}}, **{"config/sparsity": 0.7})
+    with pytest.raises(ConfigError, match=r"(?s)several arms.*config/sparsity"):
+        effects_of(pd.concat([frame, other], ignore_index=True), claim())
+    chosen = {"config/reconstruction.name": "br", "config/sparsity": 0.7}
+    assert value_by_set(pd.concat([frame, other], ignore_index=True), chosen, ERROR).tolist() == [9.0]
+
+
+@pytest.mark.parametrize(
+    ("given_", "words"),
+    [
+        (
+            {"metric": "reconstruction/calibration/wbe/last"},
+            "did you mean 'reconstruction/calibration/web/last'",
+        ),
+        ({"arm": {"config/reconstruction.nam": "br"}}, "did you mean 'config/reconstruction.name'"),
+    ],
+)
+def test_claims_about_nothing_are_told(given_: dict[str, Any], words: str) -> None:
+    """Catches a slip in a claim that reads as 'cannot say'."""
+    frame = runs({"br": {(0, 0): 1.0}, "none": {(0, 0): 2.0}})
+    with pytest.raises(ConfigError, match=words):
+        verdict_table(frame, [claim(**given_)])
+
+
+def test_fit_to_the_calibration_text_is_flagged_only_beyond_noise() -> None:
+    """Catches a flag where both errors fall, and one that noise raises."""
+    arms = {"arm": {"config/reconstruction.name": "br"}, "against": {"config/reconstruction.name": "none"}}
+    texts = {"calibration": ERROR, "held_out": HELD}
+
+    def flagged(held: list[float]) -> bool:
+        sets = range(4)
+        frame = runs({"br": {(n, 0): 1.0 + n / 100 for n in sets}, "none": {(n, 0): 2.0 for n in sets}})
+        frame[HELD] = [*held, *([3.0] * 4)]
+        return fits_calibration(frame, **arms, **texts)
+
+    assert flagged([4.0, 4.1, 3.9, 4.2])
+    assert not flagged([2.0, 2.1, 1.9, 2.2])
+    assert not flagged([4.0, 2.1, 3.9, 2.2])
+
+
+def test_summary_is_over_sets() -> None:
+    """Catches a spread over all runs, a spread of one, and columns that make no other arm."""
+    frame = runs({"br": {(0, 0): 1.0, (0, 1): 3.0, (1, 0): 4.0}, "none": {(0, 0): 7.0}})
+    assert arms_of(frame) == ["config/reconstruction.name"]
+    table = summarise(frame, [ERROR]).set_index("config/reconstruction.name")
+    assert table.loc["br", ["runs", "sets", ERROR]].tolist() == [3, 2, 3.0]
+    assert table.loc["br", f"{ERROR} std"] == pytest.approx(2**0.5)
+    assert table.loc["none", ["runs", "sets", ERROR]].tolist() == [1, 1, 7.0]
+    assert pd.isna(table.loc["none", f"{ERROR} std"])
