@@ -77,8 +77,8 @@ def _mirrors(folder: Path) -> dict[str, Path]:
 
 
 def _field(*overrides: str) -> Perplexity:
-    node = compose_run(["evaluation=field", *overrides]).config["evaluation"]["perplexity"]
-    made: Perplexity = build(node, "evaluation.perplexity")
+    node = compose_run(["evaluation=field", *overrides]).config["evaluation"]["field"]
+    made: Perplexity = build(node, "evaluation.field")
     return made
 
 
@@ -277,10 +277,10 @@ def test_noise_of_windows() -> None:
 def test_field_texts_by_hand(tmp_path: Path) -> None:
     """Catches stripped rows, blank ones or repeated ones left out, another joiner, another number of windows."""
     mirrors = _mirrors(tmp_path / "mirrors")
-    given_ = [f"evaluation.perplexity.texts.{name}.mirror={path}" for name, path in mirrors.items()]
+    given_ = [f"evaluation.field.texts.{name}.mirror={path}" for name, path in mirrors.items()]
     evaluator = _field(*given_, "evaluation.field.length=8", "evaluation.field.texts.c4.num_rows=7")
     expected = {"wikitext2": "\n\n".join(WIKI), "ptb": " ".join(PTB), "c4": " ".join(C4[:7])}
-    texts = evaluator.cut(WITH_BOS, "evaluation.perplexity")
+    texts = evaluator.cut(WITH_BOS, "evaluation.field")
     for name, joined in expected.items():
         ids = WITH_BOS(joined)["input_ids"]
         rows = torch.tensor(ids[: len(ids) // 8 * 8]).view(-1, 8)
@@ -300,7 +300,7 @@ def test_field_texts_by_hand(tmp_path: Path) -> None:
 def test_record_says_where_a_text_is_from(make_model: MakeModel, tmp_path: Path) -> None:
     """Catches a number of which nobody can tell what revision of a text it is of."""
     mirrors = _mirrors(tmp_path / "mirrors")
-    gone = [f"~evaluation.perplexity.texts.{name}" for name in ("wikitext2", "c4")]
+    gone = [f"~evaluation.field.texts.{name}" for name in ("wikitext2", "c4")]
     place = f"evaluation.field.texts.ptb.mirror={mirrors['ptb']}"
     outcome = _evaluate(tmp_path / "out", make_model(), _field(*gone, place, "evaluation.field.length=8"))
     assert "text 'ptb': mirror" in outcome.notes
@@ -324,7 +324,7 @@ def test_field_texts_that_are_not_there(tmp_path: Path) -> None:
     """Catches a stack trace, or another text, where neither network nor cache nor mirror has it."""
     with pytest.raises(ConfigError) as caught:
         plan_of(tmp_path / "out", "evaluation=field")
-    assert caught.value.key == "evaluation.perplexity.texts.wikitext2.dataset"
+    assert caught.value.key == "evaluation.field.texts.wikitext2.dataset"
     for word in (
         "Salesforce/wikitext",
         "HF_HUB_OFFLINE",
@@ -334,8 +334,8 @@ def test_field_texts_that_are_not_there(tmp_path: Path) -> None:
         assert word in caught.value.screen()
     assert len(caught.value.screen().splitlines()) < 10
     with pytest.raises(ConfigError, match="no folder /no/such") as caught:
-        _field("evaluation.perplexity.texts.wikitext2.mirror=/no/such").cut(WITH_BOS, "evaluation.perplexity")
-    assert caught.value.key == "evaluation.perplexity.texts.wikitext2.mirror"
+        _field("evaluation.field.texts.wikitext2.mirror=/no/such").cut(WITH_BOS, "evaluation.field")
+    assert caught.value.key == "evaluation.field.texts.wikitext2.mirror"
 
 
 def test_window_longer_than_the_context(tmp_path: Path) -> None:
@@ -343,13 +343,13 @@ def test_window_longer_than_the_context(tmp_path: Path) -> None:
     mirrors = _mirrors(tmp_path / "mirrors")
     long = {"text": ["word " * 4000]}
     parquet.write_table(pyarrow.table(long), mirrors["wikitext2"] / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet")  # fmt: skip
-    gone = [f"~evaluation.perplexity.texts.{name}" for name in ("ptb", "c4")]
-    place = f"evaluation.perplexity.texts.wikitext2.mirror={mirrors['wikitext2']}"
+    gone = [f"~evaluation.field.texts.{name}" for name in ("ptb", "c4")]
+    place = f"evaluation.field.texts.wikitext2.mirror={mirrors['wikitext2']}"
     with pytest.raises(ConfigError, match="longer than the model's context") as caught:
         plan_of(
             tmp_path / "out", "evaluation=field", *gone, place, "+model.config.max_position_embeddings=512"
         )
-    assert caught.value.key == "evaluation.perplexity.length"
+    assert caught.value.key == "evaluation.field.length"
 
 
 def test_a_files_entry_can_join_otherwise(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_options_that_fill_one_key_are_no_list(listed: str) -> None:
 def test_options_that_go_together_are_a_list() -> None:
     """Catches a list of options of which one is lost."""
     config = compose_run(["evaluation=[perplexity,field,fidelity,zero_shot,generation]"]).config
-    assert set(config["evaluation"]) == {"perplexity", "field", "fidelity", "zero_shot", "continuations"}
+    assert set(config["evaluation"]) == {"perplexity", "field", "fidelity", "zero_shot", "generation"}
 
 
 def test_what_does_not_fit_the_context_is_refused() -> None:

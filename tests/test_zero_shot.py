@@ -24,12 +24,14 @@ from torch import Tensor
 
 from helpers import run_tiny
 from reprune.errors import ConfigError
+from reprune.evaluation import zero_shot as zero_shot_module
 from reprune.evaluation.confidence import confidence, expected_calibration_error
 from reprune.evaluation.contract import Outcome, Task
 from reprune.evaluation.examples import read_examples
 from reprune.evaluation.perplexity import Perplexity
+from reprune.evaluation.suite import SuiteEntry, dense_result, evaluate_pruned
 from reprune.evaluation.zero_shot import ZeroShot
-from reprune.files import sha256_of_json
+from reprune.files import read_json, sha256_of_json
 from reprune.model.loading import LoadedModel
 from reprune.reporting.paired import paired
 from support import load_tiny
@@ -315,6 +317,43 @@ def test_out_of_memory_with_one_row_fails_the_task(
     monkeypatch.setattr(HFLM, "_model_call", call)
     found = evaluate(zero_shot(tasks, "yes", batch_size=2), model, tmp_path / "files")
     assert "single row" in found.failed["zero_shot/tiny_yes"]
+
+
+def test_interrupted_evaluation_goes_on_with_the_next_task(
+    tasks: Path, model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches hours of finished tasks asked again, on the dense model or the pruned one, or other numbers for it."""
+    monkeypatch.setenv("REPRUNE_CACHE", str(tmp_path / "cache"))
+    entry = SuiteEntry("zero_shot", zero_shot(tasks, "choices", "yes"), {})
+    plain, asked = zero_shot_module.measure, []
+
+    def stopped(*given: Any, **more: Any) -> Any:
+        asked.append(given[2])
+        if asked[-1] == "tiny_yes" and asked.count("tiny_yes") in (1, 3):
+            raise KeyboardInterrupt
+        return plain(*given, **more)
+
+    monkeypatch.setattr(zero_shot_module, "measure", stopped)
+
+    def report(name: str) -> Any:
+        return lambda done, total: None
+
+    with pytest.raises(KeyboardInterrupt):
+        dense_result(model, entry, tmp_path / "scratch", report)
+    dense = dense_result(model, entry, tmp_path / "scratch", report)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_pruned(model, entry, tmp_path, dense, report)
+    evaluate_pruned(model, entry, tmp_path, dense, report)
+    assert asked == ["tiny_choices", "tiny_yes", "tiny_yes"] * 2
+    undisturbed = evaluate(zero_shot(tasks, "choices", "yes"), model, tmp_path / "files").metrics
+    assert dense.outcome.metrics == undisturbed
+    [file] = (tmp_path / "evaluations").glob("*.json")
+    content = read_json(file)
+    assert content["status"] == "finished"
+    assert undisturbed.items() <= content["metrics"].items()
+    for folder in (dense.folder, file.with_suffix("")):
+        names = {path.name for path in folder.glob("*")} - {"outcome.json", "key.json"}
+        assert names == {"examples_tiny_choices.parquet", "examples_tiny_yes.parquet"}
 
 
 def test_order_and_repetition_do_not_matter(tasks: Path, model: LoadedModel, tmp_path: Path) -> None:

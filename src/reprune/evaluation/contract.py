@@ -17,7 +17,8 @@ OnProgress = Callable[[int, int], None]
 class Task:
     """One model to evaluate: the texts that the evaluator cut, and where its files lie.
 
-    `folder` is there, empty, for what the evaluator keeps beside its metrics (a row an example or a window); `dense` is
+    `folder` is there for what the evaluator keeps beside its metrics (a row an example or a window), empty but for what
+    the same evaluation had written when it was interrupted, which it may take over; `dense` is
     the folder that the same evaluator filled for the dense model, None where the model is the dense one. Never are two
     models in memory: what a comparison needs of the dense one has to be in its folder.
     """

@@ -22,7 +22,12 @@ RIGHT = ("acc", "exact_match")
 
 def examples_file(folder: Path, task: str) -> Path:
     """Where the examples of a task lie."""
-    return folder / f"examples_{re.sub(r'[^A-Za-z0-9_.-]', '_', task)}.parquet"
+    return folder / f"examples_{file_name(task)}.parquet"
+
+
+def file_name(task: str) -> str:
+    """A task's name as part of a file's."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", task)
 
 
 def rows_of(name: str, task: Any, samples: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from reprune import RESULTS_VERSION
-from reprune.cache import cached_folder
+from reprune.cache import cache_root, cached_folder
 from reprune.calibration.source import TextSet
 from reprune.calibration.splits import tokenizer_identity
 from reprune.errors import ConfigError, RunError
@@ -71,13 +71,19 @@ def dense_result(model: LoadedModel, entry: SuiteEntry, scratch: Path, report: R
         "made_with": LIBRARIES,
     }
 
+    # Not in the folder that the cache throws away with a killed writer: what is finished of it is gone on with.
+    begun = cache_root() / "dense_results_begun" / sha256_of_json(key)[:32]
+
     def write(folder: Path) -> None:
-        task = Task(model, entry.texts, folder, None, report(f"dense {entry.name}"))
+        begun.mkdir(parents=True, exist_ok=True)
+        task = Task(model, entry.texts, begun, None, report(f"dense {entry.name}"))
         outcome = _outcome_of(entry, task)
-        write_json(folder / OUTCOME, asdict(outcome))
+        write_json(begun / OUTCOME, asdict(outcome))
+        place = scratch if outcome.failed else folder
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(begun, place)
+        shutil.rmtree(begun)
         if outcome.failed:
-            shutil.rmtree(scratch, ignore_errors=True)
-            shutil.copytree(folder, scratch)
             raise _IncompleteError
 
     try:
@@ -146,17 +152,10 @@ def evaluate_pruned(
     model: LoadedModel, entry: SuiteEntry, folder: Path, dense: DenseResult, report: Report
 ) -> None:
     """Evaluate the pruned model and write the result file; a failure is recorded as failed, never as a number."""
-    partial = _emptied(folder, entry)
+    partial = evaluation_file(folder, entry).with_suffix(".part")
+    partial.mkdir(parents=True, exist_ok=True)
     task = Task(model, entry.texts, partial, dense.folder, report(f"pruned {entry.name}"))
     write_result(model.plan, entry, folder, _outcome_of(entry, task), dense.outcome)
-
-
-def _emptied(folder: Path, entry: SuiteEntry) -> Path:
-    """An empty folder for an evaluator's files, which `write_result` puts into place."""
-    partial = evaluation_file(folder, entry).with_suffix(".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
 
 
 def write_result(

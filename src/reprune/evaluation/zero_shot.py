@@ -20,6 +20,7 @@ from reprune.evaluation.confidence import confidence
 from reprune.evaluation.contract import Outcome, Task
 from reprune.evaluation.examples import (
     examples_file,
+    file_name,
     not_finite,
     paired_rows,
     read_examples,
@@ -28,8 +29,18 @@ from reprune.evaluation.examples import (
 )
 from reprune.evaluation.harness import SEEDS, VERSION, Measured, measure
 from reprune.evaluation.harness_tasks import Tasks, in_a_line, resolve
+from reprune.files import read_json, write_json
 
 LOG = logging.getLogger("reprune")
+
+
+class _FailedError(Exception):
+    """Why an entry has no numbers, in a line."""
+
+
+def _kept_file(folder: Path, entry: str) -> Path:
+    """Where an entry that is finished waits for the others."""
+    return folder / f"finished_{file_name(entry)}.json"
 
 
 @dataclass(kw_only=True)
@@ -94,7 +105,10 @@ class ZeroShot:
         }
 
     def evaluate(self, task: Task) -> Outcome:
-        """See Evaluator; an entry that fails, for whatever reason, is told by name and the others count."""
+        """See Evaluator; an entry that fails, for whatever reason, is told by name and the others count.
+
+        What was finished when the same evaluation was interrupted is not asked again.
+        """
         outcome = Outcome({})
         sizes = [self._size(entry) for entry in self.tasks]
         accuracies: list[tuple[float, float | None]] = []
@@ -105,24 +119,44 @@ class ZeroShot:
                 def on_share(share: float, before: int = sum(sizes[:index]), own: int = sizes[index]) -> None:
                     task.on_progress(before + round(share * own), sum(sizes))
 
+                notes: list[str] = []
                 try:
-                    measured, size = self._measure(task, entry, size, outcome.notes, on_share)
-                except Exception as error:
-                    # Tasks are other people's files: what they may raise has no common class but this one.
-                    LOG.debug("%s/%s", self.name, entry, exc_info=error)
-                    outcome.failed[f"{self.name}/{entry}"] = in_a_line(error)
-                    continue
-                try:
-                    metrics = self._metrics(task, measured, outcome.notes)
-                except RunError as error:
-                    outcome.failed[f"{self.name}/{entry}"] = in_a_line(error)
-                    continue
-                on_share(1.0)
-                outcome.metrics.update(metrics)
-                accuracies += self._accuracies(measured, entry)
+                    found, size = self._entry(task, entry, size, notes, on_share)
+                except _FailedError as failed:
+                    outcome.failed[f"{self.name}/{entry}"] = str(failed)
+                else:
+                    on_share(1.0)
+                    outcome.metrics.update(found["metrics"])
+                    accuracies += [(value, error) for value, error in found["accuracies"]]
+                outcome.notes.extend(notes)
         if accuracies and not outcome.failed:
             outcome.metrics.update(self._mean(accuracies))
+        for entry in self.tasks:
+            _kept_file(task.folder, entry).unlink(missing_ok=True)
         return outcome
+
+    def _entry(
+        self, task: Task, entry: str, size: int, notes: list[str], on_share: Any
+    ) -> tuple[dict[str, Any], int]:
+        """Metrics and accuracies of an entry, and the batch size that fitted; kept at once, since a task takes hours."""
+        file = _kept_file(task.folder, entry)
+        if file.is_file():
+            kept: dict[str, Any] = read_json(file)
+            notes.extend(kept["notes"])
+            return kept, size
+        try:
+            measured, size = self._measure(task, entry, size, notes, on_share)
+        except Exception as error:
+            # Tasks are other people's files: what they may raise has no common class but this one.
+            LOG.debug("%s/%s", self.name, entry, exc_info=error)
+            raise _FailedError(in_a_line(error)) from error
+        try:
+            metrics = self._metrics(task, measured, notes)
+        except RunError as error:
+            raise _FailedError(in_a_line(error)) from error
+        found = {"metrics": metrics, "accuracies": self._accuracies(measured, entry), "notes": notes}
+        write_json(file, found)
+        return found, size
 
     def _size(self, entry: str) -> int:
         """How many examples an entry has, for the bar."""
