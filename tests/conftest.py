@@ -9,6 +9,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from hypothesis import settings
 from transformers.utils import logging as transformers_logging
 
+from helpers import make_sweep
 from reprune.model import device
 from reprune.model.loading import LoadedModel
 from support import load_tiny
@@ -47,3 +49,9 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
             return load_tiny(architecture, **choices)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with eight finished runs, see helpers.make_sweep; not to be written to."""
+    return make_sweep(tmp_path_factory.mktemp("sweep"))

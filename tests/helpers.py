@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import yaml
 from safetensors import safe_open
 
 from reprune.check import RunPlan, check
@@ -92,3 +96,44 @@ def timeless(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: timeless(item) for key, item in value.items() if key != "seconds"}
     return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def copied_run(run: Path, number: int, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> Path:
+    """A copy of a finished run beside it, under another hash; `change(result, config)` edits both before they are written."""
+    hash_ = f"{number:012x}"
+    target = run.parent / f"{run.name.rpartition('-')[0]}-{hash_}"
+    shutil.copytree(run, target)
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    result |= {"id": target.name, "config_hash": hash_}
+    change(result, config)
+    (target / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    (target / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return target
+
+
+SWEEP_SETS = 4
+
+
+def make_sweep(folder: Path) -> Path:
+    """none and br_gp on four calibration sets: one run of each is real, the others copies whose numbers are scaled."""
+    text = folder / "text.jsonl"
+    write_documents(text)
+    stream = np.random.default_rng(0)
+    for start, technique in enumerate(("none", "br_gp")):
+        epochs = "0" if technique == "none" else "3"
+        choices = [
+            f"reconstruction={technique}",
+            f"reconstruction.epochs={epochs}",
+            *perplexity_on(mine=text),
+        ]
+        plan, _ = run_tiny(folder / "runs", *choices)
+        for number in range(1, SWEEP_SETS):
+
+            def change(result: dict[str, Any], config: dict[str, Any], number: int = number) -> None:
+                config["calibration"]["set"] = number
+                factor = float(stream.uniform(0.5, 2))
+                result["metrics"] = {name: value * factor for name, value in result["metrics"].items()}
+
+            copied_run(plan.folder.path, 100 * start + number, change)
+    return folder / "runs"

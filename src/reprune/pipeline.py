@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -50,8 +51,15 @@ def run(plan: RunPlan, after_commit: OnCommit = lambda windows: None) -> dict[st
         try:
             # What a finished run was made with and how it ended stay as they were when it is evaluated anew.
             if not folder.finished:
+                first = len(folder.blocks())
                 folder.mark(
-                    "running", block=len(folder.blocks()), windows_done=RunState(folder.state).windows_done()
+                    "running",
+                    block=first,
+                    windows_done=RunState(folder.state).windows_done(),
+                    begun_s=time.time(),
+                    num_blocks=plan.shapes.num_blocks,
+                    first_block=first,
+                    blocks_begun_s=None,
                 )
                 folder.write_setup(yaml.safe_dump(plan.config, sort_keys=False), environment_of(plan.device))
             return _run(plan, after_commit)
@@ -102,6 +110,11 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
                 entry.name: dense_result(model, entry, dense_scratch(folder.path, entry), view.evaluation)
                 for entry in plan.suite
             }
+        if not folder.finished:
+            windows = RunState(folder.state).windows_done()
+            folder.mark(
+                "running", block=len(folder.blocks()), windows_done=windows, blocks_begun_s=time.time()
+            )
         rows, masks = _block_loop(plan, model, texts, meter, view, tracker, after_commit).run()
         folder.write_blocks(rows)
         view.clear()

@@ -33,6 +33,8 @@ PACKAGES = (
     "numpy",
 )
 HASH_LENGTH = 12
+KEPT = ("begun_s", "num_blocks", "first_block", "blocks_begun_s")
+"""Of an attempt: unix time of its beginning, blocks of the model, blocks done before it, unix time when it went on with them."""
 
 
 def config_hash(identity: Mapping[str, Any]) -> str:
@@ -81,7 +83,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(blocking=False)
+            # Whoever asks how the run is doing holds the lock for a moment.
+            lock.acquire(timeout=1)
         except Timeout as error:
             holder = self.facts()
             raise RunError(
@@ -94,8 +97,9 @@ class RunFolder:
             lock.release()
 
     def mark(self, state: str, **facts: Any) -> None:
-        """Write how the run is doing."""
+        """Write how the run is doing; the facts in `KEPT` stay as the mark before had them unless they are given."""
         facts = {
+            **{name: value for name, value in self.facts().items() if name in KEPT},
             "state": state,
             "pid": os.getpid(),
             "host": socket.gethostname(),

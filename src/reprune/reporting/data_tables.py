@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from reprune.calibration.describe import Description
-from reprune.calibration.source import TextSet
 from reprune.tracking.progress import CONSOLE
+
+if TYPE_CHECKING:
+    # They import transformers, which a report needs not wait for.
+    from reprune.calibration.describe import Description
+    from reprune.calibration.source import TextSet
 
 SAMPLE_LINES, SAMPLE_CHARACTERS = 5, 500
 MEASURES = {

@@ -13,6 +13,9 @@ import yaml
 from reprune.files import read_json
 from reprune.run_folder import RunFolder
 
+# libyaml's loader is ten times as fast, and not in every build of PyYAML.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 
 def run_folders(*places: Path) -> list[RunFolder]:
     """Every run folder at or below the given places, in the order of their first write."""
@@ -25,7 +28,8 @@ def run_folders(*places: Path) -> list[RunFolder]:
 
 
 def results(*places: Path | str) -> pd.DataFrame:
-    """A row a run: id, state, config as `config/KEY`, choices as `choice/GROUP`, metrics, sparsity, seconds, memory.
+    """A row a run: id, state, config as `config/KEY`, choices as `choice/GROUP`, metrics, sparsity, seconds, memory,
+    and how many sequences it reconstructed on.
 
     Metrics have their own names; lists of the config are JSON.
     Units are in the names; what a run does not have is missing, never zero.
@@ -43,7 +47,7 @@ def results(*places: Path | str) -> pd.DataFrame:
 
 def _row(folder: RunFolder) -> dict[str, Any]:
     row: dict[str, Any] = {"id": folder.id, "folder": str(folder.path), "state": folder.status().words}
-    config = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
+    config = yaml.load((folder.path / "config.yaml").read_text(encoding="utf-8"), Loader=LOADER)
     row |= {f"config/{key}": value for key, value in _leaves(config)}
     if not folder.finished:
         return row
@@ -53,6 +57,11 @@ def _row(folder: RunFolder) -> dict[str, Any]:
     row |= {"experiment": result["experiment"], "config_hash": result["config_hash"]}
     row |= {f"choice/{group}": option or None for group, option in choices.items()}
     row |= result["metrics"]
+    sizes = [
+        text.get("num_sequences") for text in result["identity"]["texts"] if text["use"] == "reconstruction"
+    ]
+    if sizes and None not in sizes:
+        row["reconstruction_sequences"] = sum(sizes)
     row["sparsity"] = result["sparsity"]["total"]
     row["seconds"] = sum(result["seconds"].values())
     row |= {f"seconds/{stage}": value for stage, value in result["seconds"].items()}
@@ -69,19 +78,27 @@ def _leaves(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
             yield f"{above}{key}", json.dumps(value) if isinstance(value, list) else value
 
 
-def blocks(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row a block, text and moment of every finished run in `results`: label, block, role, text, error, relative."""
+def block_records(frame: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
+    """The rows of blocks.jsonl of every finished run in `results`, by run id."""
+    finished = frame[frame["state"] == "finished"]
+    return {
+        run["id"]: RunFolder(Path(run["folder"])).blocks()
+        for run in finished[["id", "folder"]].to_dict("records")
+    }
+
+
+def blocks(frame: pd.DataFrame, records: Mapping[str, list[dict[str, Any]]] | None = None) -> pd.DataFrame:
+    """A row a block, text and moment of every finished run in `results`: label, block, role, text, error, relative.
+
+    `records` are `block_records(frame)` where they were read already.
+    """
     rows = []
-    for _, run in frame[frame["state"] == "finished"].iterrows():
-        for block in RunFolder(Path(run["folder"])).blocks():
+    labels = dict(zip(frame["id"], frame["label"], strict=True)) if "label" in frame else {}
+    for run, run_blocks in (block_records(frame) if records is None else records).items():
+        for block in run_blocks:
+            place = {"id": run, "label": labels[run], "block": block["block"]}
             for moment in ("before", "after"):
                 for role, texts in block[moment].items():
                     for text, errors in texts.items():
-                        place = {
-                            "id": run["id"],
-                            "label": run["label"],
-                            "block": block["block"],
-                            "moment": moment,
-                        }
-                        rows.append({**place, "role": role, "text": text, **errors})
+                        rows.append({**place, "moment": moment, "role": role, "text": text, **errors})
     return pd.DataFrame(rows)

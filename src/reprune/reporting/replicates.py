@@ -83,3 +83,26 @@ def summarise(frame: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
             row[f"{metric} std"] = by_set[metric].std(ddof=1)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def arm_names(frame: pd.DataFrame) -> pd.Series:
+    """The arm of every finished run in words: pruner and pattern where several, technique, and what else arms differ in.
+
+    Runs have one name if and only if they are replicates of one arm.
+    """
+    names = frame["choice/reconstruction"].astype(str)
+    if "choice/arm" in frame:
+        names = frame["choice/arm"].where(frame["choice/arm"].notna(), names).astype(str)
+    for column in ("choice/pattern", "choice/pruner"):
+        if frame[column].nunique() > 1:
+            names = frame[column].astype(str).str.cat(names, sep=" ")
+    for _, runs in frame.groupby(names, sort=False):
+        for column in arms_of(runs):
+            # Whole keys where the last part of them is not one key.
+            last = column.rpartition(".")[2].removeprefix("config/")
+            twice = (
+                sum(other.rpartition(".")[2].removeprefix("config/") == last for other in arms_of(runs)) > 1
+            )
+            key = column.removeprefix("config/") if twice else last
+            names.loc[runs.index] += f" {key}=" + runs[column].astype(str)
+    return names

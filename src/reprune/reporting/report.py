@@ -1,0 +1,86 @@
+"""What `reprune-report DIR…` writes: the frame, tables, plots, the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from reprune.reporting.downstream import correlations
+from reprune.reporting.drawing import Plot, Runs, draw_all, save
+from reprune.reporting.gap import gaps
+from reprune.reporting.page import Section, write_page
+from reprune.reporting.replicates import arm_names, arms_of, summarise
+from reprune.reporting.verdicts import Claim, verdict_table
+
+FAMILIES = ("eval/pruned/", "reconstruction/", "reconstruction_relative/")
+
+
+def write_report(
+    frame: pd.DataFrame, arms: pd.DataFrame, out: Path, places: Sequence[Path], claims: Sequence[Claim]
+) -> list[Plot]:
+    """Write every file of the report on `frame` (`results`) into `out`; `arms` is its `arm_table`. The plots, drawn or not.
+
+    runs.csv|parquet, and where a run is finished arms.csv, summary.csv|md|tex, blocks.csv, gap.csv, correlations.csv,
+    verdicts.csv (with claims), a PNG and a PDF a plot, report.html.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(out / "runs.csv", index=False)
+    frame.to_parquet(out / "runs.parquet", index=False)
+    unfinished = frame.loc[frame["state"] != "finished", ["id", "state"]]
+    plots: list[Plot] = []
+    tables = [
+        Section("unfinished", "Not finished", "Runs that failed, were killed, or still run.", unfinished)
+    ]
+    if len(arms):
+        runs = Runs.of(frame)
+        arms.to_csv(out / "arms.csv", index=False)
+        summary = _write_summary(runs.frame, out)
+        runs.blocks.to_csv(out / "blocks.csv", index=False)
+        found = {"gap": gaps(runs.frame), "correlations": correlations(runs.frame)}
+        verdicts = verdict_table(frame, claims)
+        if claims:
+            found["verdicts"] = verdicts
+        for name, table in found.items():
+            table.to_csv(out / f"{name}.csv", index=False)
+        tables = [
+            Section("verdicts", "Verdicts", "The effect over calibration sets and its 95 % interval (Student's t) against the claim's threshold.", verdicts),
+            Section("arms", "Runs", "A row a finished run. Errors are the last block's, per element and relative per token; then what the whole model can do.", arms),
+            Section("summary", "Arms", "Means over calibration sets; std: standard deviation over sets (n − 1), missing for a single set.", _short(summary)),
+            Section("correlations", "Error and what the model can do", "Spearman's ρ of the last block's error and a metric; low and high hold 95 % of it over draws of calibration sets.", found["correlations"]),
+            Section("gap", "Gap", "[held-out ÷ held-out of none] ÷ [calibration ÷ calibration of none], errors of the last block.", found["gap"]),
+            *tables,
+        ]  # fmt: skip
+        plots = list(draw_all(runs))
+        for plot in plots:
+            if plot.figure is not None:
+                save(plot.figure, out / plot.name)
+    finished = len(frame) - len(unfinished)
+    about = f"{finished} finished, {len(unfinished)} not finished, below {', '.join(map(str, places))}"
+    write_page(out / "report.html", f"reprune: {', '.join(place.resolve().name for place in places)}", about, tables, plots)  # fmt: skip
+    return plots
+
+
+def _write_summary(finished: pd.DataFrame, out: Path) -> pd.DataFrame:
+    """A row an arm, mean and standard deviation over calibration sets, as CSV, Markdown and LaTeX."""
+    metrics = [c for c in map(str, finished) if c.startswith(FAMILIES) and "_evaluation_noise/" not in c]
+    summary = summarise(finished, metrics)
+    # Both in the order in which arms first occur.
+    firsts = finished.drop_duplicates(arms_of(finished)) if arms_of(finished) else finished[:1]
+    summary.insert(0, "arm", arm_names(finished)[firsts.index].to_list())
+    summary.to_csv(out / "summary.csv", index=False)
+    (out / "summary.md").write_text(summary.to_markdown(index=False, floatfmt=".4g"), encoding="utf-8")
+    latex = summary.to_latex(index=False, float_format="%.4g", escape=True)
+    (out / "summary.tex").write_text(latex, encoding="utf-8")
+    return summary
+
+
+def _short(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary for the page: arms by name alone, errors of the last block, heads broken into lines."""
+    shown = {
+        column: column.removeprefix("eval/pruned/").replace("/last", "").replace("/", "|")
+        for column in map(str, summary)
+        if column in ("arm", "runs", "sets") or column.startswith("eval/") or "/last" in column
+    }
+    return summary[list(shown)].rename(columns=shown)
