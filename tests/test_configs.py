@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,13 +12,18 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers import overrides_for
 from reprune.build import build
+from reprune.check import check
 from reprune.compose import compose_run, config_root, jobs_of
+from reprune.errors import ConfigError
+from reprune.rules import left_out
 from reprune.schema import RunConfig
+from reprune.sweep import Sweep
 
 ROOT = config_root()
 CONF = ROOT / "conf"
-GLOBAL = ("experiments", "arm", "sweeps")
+GLOBAL = ("experiments", "arm", "sweeps", "launcher")
 """Groups whose files are deltas on the whole config, not one node."""
 OPTIONS = [
     (path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name not in GLOBAL
@@ -174,10 +180,48 @@ def test_arm_composes(arm: str, experiment: str | None) -> None:
 
 
 @pytest.mark.parametrize("sweep", SWEEPS)
-def test_sweep_composes(sweep: str) -> None:
-    """Catches a grid over keys or options that no longer exist."""
-    for overrides in jobs_of([f"sweeps={sweep}"]):
+def test_sweep_passes_a_dry_run(sweep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a grid over keys or options that no longer exist, whose points cannot run, or are the same run."""
+    monkeypatch.setenv("REPRUNE_CACHE", str(tmp_path / "cache"))
+    texts = ["~reconstruction_data.parts.web"] if sweep == "generated_samples" else []
+    texts += ["calibration@validation.web=vocabulary"] if sweep == "learning_rate_epochs" else []
+    # What the grid runs over is not given; texts are the test's own all the same.
+    grid = compose_run([f"sweeps={sweep}"]).hydra["params"]
+    tiny = [it for it in overrides_for(tmp_path) if it.split("=")[0] not in set(grid) - {"calibration"}]
+    points = [compose_run(overrides) for overrides in jobs_of([*tiny, *texts, f"sweeps={sweep}"])]
+    wanted = [point for point in points if not left_out(point)]
+    whole = Sweep.of([check(point) for point in wanted], len(points) - len(wanted))
+    assert whole.num_duplicates == 0
+    assert len(whole.plans) >= 6
+    assert _built(points[0].config) >= 8
+    assert points[0].config["experiment"] == sweep
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_sweep_composes_at_its_corners(sweep: str) -> None:
+    """Catches a grid that fits the tiny model only."""
+    jobs = list(jobs_of([f"sweeps={sweep}"]))
+    for overrides in (jobs[0], jobs[-1]):
         assert _built(compose_run(overrides).config) >= 9
+
+
+@pytest.mark.parametrize("launcher", ["laptop", "box", "ray", "slurm"])
+def test_launcher_is_there_or_says_what_to_install(launcher: str) -> None:
+    """Catches a launcher that became part of a run, and a missing extra told of in Hydra's words."""
+    first = (CONF / "launcher" / f"{launcher}.yaml").read_text(encoding="utf-8").splitlines()[1]
+    assert first.startswith("# ")
+    extra = {"box": "ray"}.get(launcher, launcher)
+    plugin = {"ray": "hydra_ray_launcher", "slurm": "hydra_submitit_launcher"}.get(extra)
+    plugins = importlib.util.find_spec("hydra_plugins")
+    if plugin is None or (plugins and importlib.util.find_spec(f"hydra_plugins.{plugin}")):
+        composed = compose_run([f"launcher={launcher}"])
+        assert composed.config == compose_run([]).config
+        assert composed.choices == compose_run([]).choices
+        return
+    with pytest.raises(ConfigError) as caught:
+        compose_run([f"launcher={launcher}"])
+    assert caught.value.key == "launcher"
+    assert f"pip install 'reprune[{extra}]'" in caught.value.screen()
 
 
 def test_arms_differ_from_each_other_only_in_what_they_are_about() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from reprune import machine
 from reprune.errors import ConfigError, did_you_mean
-from reprune.schema import ExportConfig, RunConfig, register
+from reprune.schema import ExportConfig, RunConfig, SweepConfig, register
 
 ROOT_VARIABLE = "REPRUNE_CONFIG_ROOT"
+EXTRAS = {"ray": "ray", "submitit_slurm": "slurm", "submitit_local": "slurm"}
+"""By launcher of Hydra's: the extra of this package that installs it."""
 
 
 def config_root() -> Path:
@@ -31,20 +34,39 @@ def config_root() -> Path:
 
 
 def prepare() -> Path:
-    """Register the schema, tell the search path where experiments lie, and return the config folder."""
+    """Register schema and resolvers, tell the search path where experiments lie, and return the config folder."""
     register()
+    machine.register()
     os.environ[ROOT_VARIABLE] = str(config_root())
     return config_root() / "conf"
 
 
 @dataclass(frozen=True)
 class Composed:
-    """A composed config as plain data, Hydra's choices of options by group, and the overrides that led to it."""
+    """A run's config as plain data, its choices of options by group, and the overrides that led to it.
+
+    `sweep` is what belongs to the whole sweep, and `hydra` its mode and grid: neither is recorded with the run.
+    """
 
     config: dict[str, Any]
     choices: dict[str, str]
     overrides: tuple[str, ...]
     hydra: dict[str, Any]
+    sweep: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        config: Mapping[str, Any], choices: Mapping[Any, Any], overrides: Sequence[str], hydra: dict[str, Any]
+    ) -> Composed:
+        """Sort what Hydra composed: how a run is launched is told apart from what it is."""
+        own = {key: value for key, value in config.items() if key != "sweep"}
+        chosen = {str(group): str(option or "") for group, option in choices.items()}
+        kept = {
+            group: option
+            for group, option in chosen.items()
+            if group != "launcher" and not group.startswith("hydra/")
+        }
+        return Composed(own, kept, tuple(overrides), hydra, dict(config["sweep"]))
 
     @property
     def where(self) -> dict[str, str]:
@@ -52,7 +74,7 @@ class Composed:
         found = {}
         for group, option in self.choices.items():
             name, _, package = group.partition("@")
-            if option and not name.startswith("hydra/"):
+            if option:
                 found[package or name] = f"conf/{name}/{option}.yaml"
         return found
 
@@ -64,7 +86,7 @@ def compose_run(overrides: Sequence[str]) -> Composed:
     try:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3", job_name="reprune"):
             full = compose("config", overrides=list(overrides), return_hydra_config=True)
-            choices = {str(key): str(value or "") for key, value in full.hydra.runtime.choices.items()}
+            choices = dict(full.hydra.runtime.choices)
             hydra = {
                 "mode": str(full.hydra.mode or ""),
                 "params": dict(full.hydra.sweeper.get("params") or {}),
@@ -80,7 +102,8 @@ def compose_run(overrides: Sequence[str]) -> Composed:
     _check_emptied(config, overrides)
     _check_lists(overrides)
     _check_keys(config["export"], ExportConfig, "export.", overrides)
-    return Composed(config, choices, tuple(overrides), hydra)
+    _check_keys(config["sweep"], SweepConfig, "sweep.", overrides)
+    return Composed.of(config, choices, overrides, hydra)
 
 
 def _check_keys(node: Any, schema: type, prefix: str, overrides: Sequence[str]) -> None:
@@ -144,7 +167,12 @@ def plain(full: DictConfig) -> dict[str, Any]:
 
 
 def jobs_of(arguments: Sequence[str]) -> Iterator[list[str]]:
-    """The overrides of every job that a command line stands for: one, or each point of a multirun.
+    """The overrides of every job that a command line stands for: one, or each point of a multirun."""
+    yield from command_of(arguments)[0]
+
+
+def command_of(arguments: Sequence[str]) -> tuple[list[list[str]], bool]:
+    """The overrides of every job that a command line stands for, and whether they are the points of a sweep.
 
     A sweep may be asked for by -m, or by an experiment file that sets hydra.mode and hydra.sweeper.params.
     """
@@ -163,8 +191,8 @@ def jobs_of(arguments: Sequence[str]) -> Iterator[list[str]]:
         if item.is_sweep_override()
     }
     base = compose_run(fixed)
-    multirun = swept or base.hydra["mode"].endswith("MULTIRUN") or {"-m", "--multirun"} & set(arguments)
-    if swept and not ({"-m", "--multirun"} & set(arguments) or base.hydra["mode"].endswith("MULTIRUN")):
+    multirun = base.hydra["mode"].endswith("MULTIRUN") or bool({"-m", "--multirun"} & set(arguments))
+    if swept and not multirun:
         raise ConfigError(next(iter(swept)), "several values are a sweep", hint="add -m to run each of them")
     if multirun:
         for key, values in (base.hydra["params"] or {}).items():
@@ -175,8 +203,7 @@ def jobs_of(arguments: Sequence[str]) -> Iterator[list[str]]:
                     if sweep.is_sweep_override()
                     else [f"{key}={values}"]
                 )
-    for point in product(*swept.values()):
-        yield [*fixed, *point]
+    return [[*fixed, *point] for point in product(*swept.values())], multirun
 
 
 def translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
@@ -192,6 +219,11 @@ def translate(error: Exception, overrides: Sequence[str]) -> ConfigError:
     option = re.search(r"(?:In '.*?': )?Could not (?:find|load) '([^']+)'", text)
     if option:
         group, _, name = option[1].rpartition("/")
+        if group == "hydra/launcher" and name in EXTRAS:
+            return ConfigError(
+                "launcher", f"needs what is not installed: the plugin for hydra/launcher={name}",
+                value=_value_in("launcher", overrides), hint=f"pip install 'reprune[{EXTRAS[name]}]'",
+            )  # fmt: skip
         options = _options(group)
         return ConfigError(
             group or "option",

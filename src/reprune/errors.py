@@ -49,6 +49,10 @@ class RunError(RuntimeError):
     """A run that could not go on; the message names block, layer and what to change."""
 
 
+class HeldError(RunError):
+    """A run that another process is at; the message names it."""
+
+
 def nearest(word: str, options: Iterable[str]) -> str | None:
     """The option that `word` was probably meant to be, or None."""
     found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)

@@ -22,6 +22,7 @@ GROUPS = {
     "experiments": "one scientific question each",
     "arm": "points of an experiment, differences only",
     "sweeps": "grids",
+    "launcher": "where the runs of a sweep are done",
 }
 TOP_LEVEL = {
     "sparsity": "share of weights removed; null: the pattern's own, 0.5 for unstructured",
@@ -34,6 +35,9 @@ TOP_LEVEL = {
     "experiment": "the W&B group",
     "allow_overlap": "true runs although calibration repeats held-out text",
     "dry_run": "true checks everything and prints the plan",
+    "sweep.confirm, sweep.max_runs, sweep.max_hours": "a sweep of more than that many runs (200) or hours needs sweep.confirm=true",
+    "sweep.skip": "points of a grid that make no sense: a list of mappings of choices and keys to values",
+    "sweep.jobs": "how many runs launcher=box does at a time on a machine without GPUs (2)",
 }
 EXAMPLES = (
     ("the default run: SmolLM2-135M, C4, SparseGPT 50 %, BR+GP", "reprune"),

@@ -44,7 +44,7 @@ def run(plan: RunPlan, after_commit: OnCommit = lambda windows: None) -> dict[st
     folder = plan.folder
     plan.device.settle()
     with folder.locked():
-        if _complete(plan):
+        if complete(plan):
             LOG.info("%s is finished: nothing to do", folder.path)
             result: dict[str, Any] = read_json(folder.path / "result.json")
             return result
@@ -179,7 +179,8 @@ def _block_loop(
     )
 
 
-def _complete(plan: RunPlan) -> bool:
+def complete(plan: RunPlan) -> bool:
+    """Whether nothing of what was asked for is left to do: the record, its evaluations, its exports."""
     if not plan.folder.finished or not all(finished(plan.folder.path, entry) for entry in plan.suite):
         return False
     # The record shows the suite that was asked for last, which may be another one.

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from reprune.errors import RunError
+from reprune.errors import HeldError
 from reprune.files import read_json, sha256_of_json, write_json, write_text
 from reprune.model.device import DevicePlan
 
@@ -79,7 +79,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process. RunError, naming the holder, when another one has it."""
+        """Hold the folder for this process. HeldError, naming the holder, when another one has it."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
         try:
@@ -87,7 +87,7 @@ class RunFolder:
             lock.acquire(timeout=1)
         except Timeout as error:
             holder = self.facts()
-            raise RunError(
+            raise HeldError(
                 f"{self.path} is being written by process {holder.get('pid', '?')} on {holder.get('host', '?')}; "
                 "wait for it, or choose another output_dir"
             ) from error

@@ -18,6 +18,17 @@ class ExportConfig:
 
 
 @dataclass
+class SweepConfig:
+    """What a whole sweep is launched with: no part of what a run is, nor of its record."""
+
+    confirm: bool = False
+    max_runs: int = 200
+    max_hours: float | None = None
+    jobs: int = 2
+    skip: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
 class RunConfig:
     """One run. The nodes typed Any are options of the groups in conf/, each with a `_target_`."""
 
@@ -47,6 +58,7 @@ class RunConfig:
     output_dir: str = "outputs"
     allow_overlap: bool = False
     dry_run: bool = False
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
 def register() -> None:
