@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -390,3 +391,13 @@ def test_saved_tokens_drive_an_identical_run(tmp_path: Path) -> None:
     assert state_bytes(later.folder.path) == state_bytes(plan.folder.path)
     name = "reconstruction/calibration/{}/mean"
     assert again["metrics"][name.format("tokens")] == result["metrics"][name.format("vocabulary")]
+
+
+def test_run_whose_state_was_freed_is_not_pruned_again(tmp_path: Path, text: Path) -> None:
+    """Catches hours of pruning for an evaluation, of a run that was cleaned."""
+    plan, _ = run_tiny(tmp_path)
+    shutil.rmtree(plan.folder.path / "state")
+    with pytest.raises(RunError, match=r"its state/ was freed.*reprune-eval"):
+        run_tiny(tmp_path, *perplexity_on(mine=text))
+    assert run_tiny(tmp_path)[1]["status"] == "finished"
+    assert plan.folder.status().state == "finished"

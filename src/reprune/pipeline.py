@@ -49,6 +49,11 @@ def run(plan: RunPlan, after_commit: OnCommit = lambda windows: None) -> dict[st
             result: dict[str, Any] = read_json(folder.path / "result.json")
             return result
         try:
+            if folder.finished and not RunState(folder.state).windows_done():
+                raise RunError(
+                    f"{folder.path} is finished and its state/ was freed, so nothing is left to evaluate by this command; "
+                    "use reprune-eval on the run if it exported its model, or remove the folder to prune anew"
+                )
             # What a finished run was made with and how it ended stay as they were when it is evaluated anew.
             if not folder.finished:
                 first = len(folder.blocks())
