@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The command with a tiny run's overrides and these; its exit code."""
+    # A handler that an earlier test made writes to an output that is closed by now.
+    monkeypatch.setattr(logging.getLogger("reprune"), "handlers", [])
 
     def call(*more: str) -> int:
         flags = [argument for argument in more if argument.startswith("-")]

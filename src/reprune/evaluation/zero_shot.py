@@ -38,6 +38,10 @@ class _FailedError(Exception):
     """Why an entry has no numbers, in a line."""
 
 
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, float | int) and math.isfinite(value) else None
+
+
 def _kept_file(folder: Path, entry: str) -> Path:
     """Where an entry that is finished waits for the others."""
     return folder / f"finished_{file_name(entry)}.json"
@@ -263,12 +267,10 @@ class ZeroShot:
     def _accuracies(self, measured: Measured, entry: str) -> list[tuple[float, float | None]]:
         """`acc` with its error of a task or group; of a tag or a group without a number of its own, of every task."""
         names = [entry] if "acc,none" in measured.results.get(entry, {}) else list(measured.samples)
-        found = [measured.results[name] for name in names if "acc,none" in measured.results[name]]
+        told = [measured.results[name] for name in names if "acc,none" in measured.results[name]]
+        found = [it for it in told if math.isfinite(it["acc,none"])]
         errors = [it.get("acc_stderr,none") for it in found]
-        return [
-            (float(it["acc,none"]), float(error) if isinstance(error, float | int) else None)
-            for it, error in zip(found, errors, strict=True)
-        ]
+        return [(float(it["acc,none"]), _finite(error)) for it, error in zip(found, errors, strict=True)]
 
     def _mean(self, accuracies: Sequence[tuple[float, float | None]]) -> dict[str, float]:
         count = len(accuracies)
