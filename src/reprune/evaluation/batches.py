@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reprune.errors import RunError
+from reprune.model.device import release_memory
 
 LOG = logging.getLogger("reprune")
 T = TypeVar("T")
@@ -42,8 +43,7 @@ def attempt(run: Callable[[], T]) -> tuple[T] | None:
     except torch.OutOfMemoryError:
         pass
     # Only here, behind the handler, no frame of the failed pass holds on to its tensors.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()
     return None
 
 

@@ -86,6 +86,12 @@ class DevicePlan:
         return int(torch.cuda.max_memory_allocated(self.device)) if self.kind == "cuda" else None
 
 
+def release_memory() -> None:
+    """Give back the device memory that no tensor holds any more, after a pass that did not fit."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def plan_device(
     device: str, dtype: str, checkpoint_dtype: torch.dtype | None, threads: int | None
 ) -> DevicePlan:
