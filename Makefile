@@ -1,12 +1,13 @@
 # make run    install, run the quickstart, report       make test   install, run the test suite offline
 # make check  format, lint, types                       make install  the environment and the assets alone
+# make soak   kill sweeps at random moments, for many minutes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= outputs/quickstart
 STAMP := $(VENV)/.installed
 
-.PHONY: install run test check clean
+.PHONY: install run test soak check clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -24,6 +25,9 @@ run: install
 
 test: install
 	HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 $(BIN)/python -m pytest
+
+soak: install
+	HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 $(BIN)/python -m pytest -m soak -s
 
 check: install
 	$(BIN)/ruff format --check .

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from reprune.build import build
 from reprune.calibration.roles import Texts
 from reprune.calibration.source import Role, TextSet
-from reprune.compose import config_root
+from reprune.config_files import config_root
 from reprune.engine.activations import Stores
 from reprune.engine.layers import PruningPlan
 from reprune.engine.loop import BlockLoop

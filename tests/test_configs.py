@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import yaml
 from helpers import overrides_for
 from reprune.build import build
 from reprune.check import check
-from reprune.compose import compose_run, config_root, jobs_of
+from reprune.compose import compose_run, jobs_of
+from reprune.config_files import config_root
 from reprune.errors import ConfigError
 from reprune.rules import left_out
 from reprune.schema import RunConfig
@@ -167,6 +169,35 @@ def test_experiment_composes(experiment: str) -> None:
         composed = compose_run(overrides)
         assert _built(composed.config) >= 9
         assert composed.config["experiment"] != "default", "an experiment names its W&B group"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "sweeps" / "wandb").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_wandb_sweep_composes(path: Path, tmp_path: Path) -> None:
+    """Catches an agent whose every run is refused, and a metric that no run logs."""
+    sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+    interpreter, module, *fixed, arguments = sweep["command"][1:]
+    assert (interpreter, module, fixed[0], arguments) == (
+        "${interpreter}",
+        "-m",
+        "reprune.run",
+        "${args_no_hyphens}",
+    )
+    ends = [
+        (
+            key,
+            [wanted["value"]]
+            if "value" in wanted
+            else wanted.get("values") or [wanted["min"], wanted["max"]],
+        )
+        for key, wanted in sweep["parameters"].items()
+    ]
+    for values in zip_longest(*(values for _, values in ends)):
+        given = [f"{key}={value}" for (key, _), value in zip(ends, values, strict=True) if value is not None]
+        config = compose_run([*fixed[1:], *given]).config
+        assert all(name in config["validation"] for name in [sweep["metric"]["name"].split("/")[2]])
+    assert sweep["metric"]["name"].startswith("reconstruction/validation/"), "nothing is chosen on a probe"
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reprune.cache import cache_root
-from reprune.files import write_tensors
 from reprune.pruning.contract import LayerContext, LayerShape, Pruned, Pruner
 from reprune.sparsity.patterns import Group, Pattern
+from reprune.tensor_files import write_tensors
 from support import layer_context, option, options
 
 ROWS, COLUMNS = 8, 160

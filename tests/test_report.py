@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from helpers import plan_of
-from reprune.compose import config_root
+from reprune.config_files import config_root
 from reprune.help import options
 from reprune.pipeline import run
 from reprune.reporting import cli

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from helpers import overrides_for
-from reprune import pipeline, run
+from reprune import job, pipeline, run
 from reprune.check import RunPlan
 from reprune.compose import Composed, compose_run
 from reprune.errors import ConfigError, RunError
-from reprune.job import key_of
 from reprune.rules import check_rules, left_out
 from reprune.run_folder import RunFolder
 
+IN_PROCESS = ("sweep.own_process=false",)
 GRID = ("-m", "pruner=wanda,magnitude,random")
 
 
@@ -38,7 +38,9 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def call(*more: str) -> int:
         flags = [argument for argument in more if argument.startswith("-")]
         rest = [argument for argument in more if argument not in flags]
-        monkeypatch.setattr(sys, "argv", ["reprune", *flags, *overrides_for(tmp_path / "out", *rest)])
+        monkeypatch.setattr(
+            sys, "argv", ["reprune", *flags, *overrides_for(tmp_path / "out", *IN_PROCESS, *rest)]
+        )
         try:
             run.main()
         except SystemExit as ended:
@@ -108,6 +110,18 @@ def test_every_attempt_is_told_anew(main: Callable[..., int], monkeypatch: pytes
     for _ in range(2):
         assert main("-m", "pruner=wanda", "seed=0,0") == 1
     assert names == ["wanda-0", "wanda-0"]
+
+
+def test_a_finished_point_starts_no_process(
+    main: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a sweep that is repeated at the price of a process for each of its finished runs."""
+    assert main("-m", "pruner=wanda,magnitude") == 0
+    begun: list[Composed] = []
+    monkeypatch.setattr(job, "attempt", begun.append)
+    assert main(*GRID, "sweep.own_process=true") == 1
+    assert [point.choices["pruner"] for point in begun] == ["random"]
+    assert "3 runs: 2 finished, 1 to do" in capsys.readouterr().out
 
 
 def test_an_interrupt_ends_the_sweep_at_once(
@@ -251,6 +265,6 @@ def test_the_launch_is_no_part_of_a_run() -> None:
     """Catches a run that is another one, or is recorded as one, because it was launched differently."""
     plain = _point()
     other = _point("sweep.confirm=true", "sweep.max_hours=3", "sweep.skip=[{seed: 1}]")
-    assert key_of(other) == key_of(plain)
+    assert other.key == plain.key
     assert "sweep" not in other.config
     assert not any(group == "launcher" or group.startswith("hydra/") for group in plain.choices)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from reprune.compose import config_root, files_with
+from reprune.config_files import config_root, files_with
 from reprune.errors import ConfigError, did_you_mean
 
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)

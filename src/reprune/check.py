@@ -19,6 +19,7 @@ from reprune.calibration.roles import Texts, check_roles
 from reprune.calibration.splits import common_runs
 from reprune.calibration.windows import resolve_bos
 from reprune.compose import Composed
+from reprune.config_files import check_published
 from reprune.engine.windows import windows_over
 from reprune.errors import ConfigError, require_nonnegative
 from reprune.evaluation.suite import SuiteEntry, check_suite, described_tokenizer
@@ -113,6 +114,7 @@ def check(composed: Composed) -> RunPlan:
     require_nonnegative(
         seed=config["seed"], seed_data=config["seed_data"], seed_training=config["seed_training"]
     )
+    check_published(config["published"])
     _check_writable(Path(config["output_dir"]))
     device = plan_device(config["device"], config["dtype"], dtype_of(source), config["threads"])
     tokenizer = load_tokenizer(source)

@@ -20,9 +20,9 @@ from reprune.compose import jobs_of
 from reprune.data_setting import Models, Setting
 from reprune.errors import ConfigError, did_you_mean
 from reprune.exit_codes import exit_codes
-from reprune.files import write_tensors
 from reprune.model.loading import LoadedModel
 from reprune.reporting.data_tables import print_one, print_rows, samples_of
+from reprune.tensor_files import write_tensors
 from reprune.tracking.progress import CONSOLE, LOG, configure_logging, quiet_libraries
 
 CALIBRATION = ("mask", "reconstruction")

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from rich.table import Table
 
-from reprune.compose import config_root
+from reprune.config_files import config_root
 from reprune.errors import ConfigError, did_you_mean
 from reprune.eval_saved import EvaluatedModel
 from reprune.eval_setting import EvaluatedRun, Evaluation, Found

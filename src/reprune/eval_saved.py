@@ -10,7 +10,8 @@ from typing import Any
 
 from reprune.build import build
 from reprune.check import dtype_of
-from reprune.compose import Composed, compose_run, config_root
+from reprune.compose import Composed, compose_run
+from reprune.config_files import config_root
 from reprune.data_setting import built
 from reprune.errors import ConfigError, did_you_mean
 from reprune.eval_model import ModelEntry, evaluate_alone, evaluate_beside

@@ -6,12 +6,11 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
+from filelock import FileLock, Timeout
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -56,18 +55,17 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file atomically."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-    def write(temporary: Path) -> None:
-        save_file(contiguous, temporary, dict(metadata or {}))
-        # safetensors makes its files private; a run folder is for the whole team.
-        temporary.chmod(0o644)
-
-    write_atomically(path, write)
+def is_held(lock: Path) -> bool:
+    """Whether a living process holds this lock; nobody holds one that is not there."""
+    if not lock.is_file():
+        return False
+    mine = FileLock(lock)
+    try:
+        mine.acquire(blocking=False)
+    except Timeout:
+        return True
+    mine.release()
+    return False
 
 
 def sha256_of_file(path: Path) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from reprune.compose import config_root
+from reprune.config_files import config_root
 from reprune.tracking.progress import CONSOLE
 
 GROUPS = {

@@ -1,4 +1,4 @@
-"""One job inside Hydra, in this process or in a launcher's: check, run, and in a sweep leave a note of what failed."""
+"""One job inside Hydra, in whatever process a launcher runs it: check, run, and in a sweep leave a note of what failed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from reprune import dry_run
+from reprune.attempts import attempt
 from reprune.compose import Composed, plain
 from reprune.errors import ConfigError, HeldError, RunError
-from reprune.files import read_json, sha256_of_json, write_json
+from reprune.files import read_json, write_json
 from reprune.rules import left_out
 from reprune.tracking.progress import LOG, configure_logging, quiet_libraries
 
@@ -23,45 +23,57 @@ CHECKED: dict[str, RunPlan] = {}
 """Plans that were made in this process before Hydra began: a job that runs here need not be checked again."""
 
 
-def key_of(composed: Composed) -> str:
-    """A point's name, the same in every process: hash of its config and its choices."""
-    return sha256_of_json([composed.config, composed.choices])
-
-
 def job(config: DictConfig) -> dict[str, Any] | None:
-    """Do one run, and return its result.
+    """Do one run; its result where it was no part of a sweep.
 
-    In a sweep a failure is logged and noted, and the job returns None: what Hydra is not told of does not stop
-    the other jobs, whatever the launcher. Alone it raises.
+    In a sweep a failure is logged and noted, and nothing is raised: what Hydra is not told of does not stop the
+    other jobs, whatever the launcher. Alone it raises.
     """
     configure_logging()
-    quiet_libraries()
     settings = HydraConfig.get()
     composed = Composed.of(plain(config), settings.runtime.choices, settings.overrides.task, {})
     if settings.mode is not RunMode.MULTIRUN:
+        quiet_libraries()
         return _run(composed)
-    if left_out(composed):
+    # The same point may stand twice in a grid: one attempt a sweep.
+    if left_out(composed) or note_of(composed).is_file() or done_of(composed).is_file():
         return None
-    note = note_of(composed)
-    if note.is_file():
-        # The same point twice in a grid: one attempt a sweep.
+    if composed.config["dry_run"] or not composed.sweep["own_process"]:
+        quiet_libraries()
+        run_and_note(composed)
         return None
     try:
-        return _run(composed)
+        why = attempt(composed)
+    except Exception as error:
+        # A queue that refuses to start the job again says so in the middle of the waiting.
+        why = str(error)
+    if why is not None and not note_of(composed).is_file():
+        write_json(note_of(composed), {"error": why})
+    return None
+
+
+def run_and_note(composed: Composed) -> None:
+    """Do one run of a sweep in this process. A failure is noted where the sweep looks for it, and not raised."""
+    try:
+        _run(composed)
     except HeldError:
         # A twin in this grid or in another sweep does it; whether it was done is looked at in the end.
-        return None
+        return
     except (RunError, ConfigError) as error:
-        write_json(note, {"error": str(error)})
+        write_json(note_of(composed), {"error": str(error)})
     except Exception as error:
         LOG.exception("a defect, not a choice that went wrong:")
-        write_json(note, {"error": f"{type(error).__name__}: {error}"})
-    return None
+        write_json(note_of(composed), {"error": f"{type(error).__name__}: {error}"})
 
 
 def note_of(composed: Composed) -> Path:
     """Where a job of a sweep says why it failed, whether or not it came as far as its run folder."""
-    return Path(composed.config["output_dir"]) / ".multirun" / "failed" / f"{key_of(composed)}.json"
+    return composed.sweep_folder / "failed" / f"{composed.key}.json"
+
+
+def done_of(composed: Composed) -> Path:
+    """Where a sweep says of a point that it was finished before the sweep began: no process need start for it."""
+    return composed.sweep_folder / "done" / f"{composed.key}.json"
 
 
 def noted(composed: Composed) -> str | None:
@@ -71,10 +83,11 @@ def noted(composed: Composed) -> str | None:
 
 
 def _run(composed: Composed) -> dict[str, Any] | None:
+    from reprune import dry_run
     from reprune.check import check
     from reprune.pipeline import run
 
-    plan = CHECKED.pop(key_of(composed), None) or check(composed)
+    plan = CHECKED.pop(composed.key, None) or check(composed)
     if plan.config["dry_run"]:
         dry_run.show(plan)
         return None

@@ -24,11 +24,12 @@ from reprune.engine.loop import BlockLoop
 from reprune.engine.state import RunState
 from reprune.errors import ConfigError, RunError
 from reprune.evaluation.suite import dense_result, dense_scratch, evaluate_pruned, finished, metrics_of
-from reprune.files import read_json, write_json, write_tensors
+from reprune.files import read_json, write_json
 from reprune.model.loading import LoadedModel, load_model
 from reprune.records import block_metrics, measured_sparsity, reconstruction_metrics
 from reprune.resources import StageMeter
 from reprune.run_folder import RunFolder, environment_of
+from reprune.tensor_files import write_tensors
 from reprune.tracking.contract import RunInfo, Tracker
 from reprune.tracking.progress import ProgressView
 

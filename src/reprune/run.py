@@ -16,7 +16,7 @@ import hydra
 from reprune import help
 from reprune.compose import command_of, compose_run, prepare
 from reprune.exit_codes import FAILED, exit_codes
-from reprune.job import CHECKED, job, key_of
+from reprune.job import CHECKED, job
 from reprune.rules import check_rules, left_out
 from reprune.tracking.progress import quiet_libraries
 
@@ -58,10 +58,10 @@ def launch(config_folder: Path, sweep: Sweep | None) -> None:
     if sweep is None:
         enter()
         return
-    sweep.forget_failures()
     broken = False
     try:
-        enter()
+        with sweep.under_way():
+            enter()
     except Exception:
         # Jobs raise nothing in a sweep, so this is the launcher's: a process that died, a cluster that is gone.
         traceback.print_exc()
@@ -86,7 +86,7 @@ def check_all(arguments: list[str]) -> Sweep | None:
 
     quiet_libraries()
     plans = [check(one) for one in wanted]
-    CHECKED.update({key_of(plan.composed): plan for plan in plans})
+    CHECKED.update({plan.composed.key: plan for plan in plans})
     return Sweep.of(plans, len(composed) - len(wanted)) if multirun else None
 
 

@@ -13,13 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from reprune.errors import HeldError
-from reprune.files import read_json, sha256_of_json, write_json, write_text
-from reprune.model.device import DevicePlan
+from reprune.files import is_held, read_json, sha256_of_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from reprune.model.device import DevicePlan
 
 PACKAGES = (
     "reprune",
@@ -124,19 +126,10 @@ class RunFolder:
         place = f" at block {facts['block']}" if "block" in facts else ""
         if facts["state"] in {"running", "finished"}:
             # 'finished' without a result: the process died between the two.
-            held = self._is_held()
+            held = is_held(self.path / ".lock")
             return Status("running" if held else "killed", f"{'running' if held else 'killed'}{place}")
         reason = f": {facts['error']}" if "error" in facts else ""
         return Status(facts["state"], f"{facts['state']}{place}{reason}")
-
-    def _is_held(self) -> bool:
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            return True
-        lock.release()
-        return False
 
     def write_setup(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
         """config.yaml and environment.json."""
@@ -166,7 +159,9 @@ def environment_of(plan: DevicePlan) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "platform": platform.platform(),
+        "host": socket.gethostname(),
         "device": plan.name,
+        "visible_devices": plan.visible,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "threads": plan.num_threads,
     }

@@ -25,6 +25,7 @@ class SweepConfig:
     max_runs: int = 200
     max_hours: float | None = None
     jobs: int = 2
+    own_process: bool = True
     skip: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -46,6 +47,7 @@ class RunConfig:
     tracking: Any = MISSING
     export: ExportConfig = field(default_factory=ExportConfig)
     experiment: str = "default"
+    published: str | None = None
     sparsity: float | None = None
     targets: str = "all"
     target_blocks: str = "all"

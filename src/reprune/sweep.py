@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from reprune.attempts import counter_of
 from reprune.check import RunPlan
 from reprune.errors import ConfigError, require_positive
-from reprune.files import read_json, sha256_of_json
-from reprune.job import note_of, noted
+from reprune.files import read_json, sha256_of_json, write_json
+from reprune.job import done_of, note_of, noted
 from reprune.pipeline import complete
 from reprune.shapes import existing
 from reprune.tracking.progress import CONSOLE
+from reprune.waiting import under_way
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,17 @@ class Sweep:
             found.append(float(np.median(seconds)) if seconds else None)
         return found
 
-    def forget_failures(self) -> None:
-        """Take away what an earlier sweep noted of these points: each of them is tried again."""
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """While its jobs are launched: every point is tried anew, and whoever asks sees which of them wait."""
+        waiting = {plan.composed.key for plan in self.to_do}
         for plan in self.plans:
-            note_of(plan.composed).unlink(missing_ok=True)
+            for place in (note_of, counter_of, done_of):
+                place(plan.composed).unlink(missing_ok=True)
+            if plan.composed.key not in waiting:
+                write_json(done_of(plan.composed), {"run": plan.folder.id})
+        with under_way(self.plans[0].composed.sweep_folder, [plan.folder.id for plan in self.to_do]):
+            yield
 
     def show_failures(self) -> int:
         """Print a table of the runs that are not finished, and why; how many they are."""

@@ -18,9 +18,9 @@ from reprune.cache import cached_folder
 from reprune.calibration.source import Cut, Document, TextContext, TextSource
 from reprune.calibration.splits import tokenizer_identity
 from reprune.errors import ConfigError, RunError, require_positive
-from reprune.files import write_tensors
 from reprune.model.loading import LoadedModel, adds_bos
 from reprune.seeding import generator
+from reprune.tensor_files import write_tensors
 
 MAX_UNWRITTEN = 200
 

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from reprune.files import write_tensors
 from reprune.model.loading import LoadedModel
+from reprune.tensor_files import write_tensors
 
 OPEN = "open.safetensors"
 

@@ -21,10 +21,10 @@ from reprune.evaluation.bootstrap import LEVEL, RESAMPLES, noise_of_ratio
 from reprune.evaluation.contract import Outcome, Task
 from reprune.evaluation.perplexity import window_frame, write_frame
 from reprune.evaluation.texts import OnTexts, origins_of, scored_of, units_of
-from reprune.files import write_tensors
 from reprune.model.head import final_hidden, head_hash, head_logits, in_chunks, states_by_depth
 from reprune.model.likelihood import rows_a_pass
 from reprune.model.loading import LoadedModel
+from reprune.tensor_files import write_tensors
 
 FINAL = "final"
 COUNTED = ("kl", "top1_agreement", "lost", "gained")

@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from reprune.cache import cached_folder
 from reprune.errors import ConfigError
-from reprune.files import sha256_of_file, sha256_of_json, write_tensors
+from reprune.files import sha256_of_file, sha256_of_json
+from reprune.tensor_files import write_tensors
 
 
 class ModelSource(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ class DevicePlan:
         if self.kind == "cuda":
             return str(torch.cuda.get_device_name(self.device))
         return f"{self.kind}, {self.num_threads} threads"
+
+    @property
+    def visible(self) -> str | None:
+        """The GPUs that whatever launched this process left to it, by their numbers; None where nothing chose."""
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
 
     def settle(self) -> None:
         """Make this process compute as the plan says: its threads, full float32 products."""

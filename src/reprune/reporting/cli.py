@@ -25,6 +25,7 @@ from reprune.reporting.report import write_report
 from reprune.reporting.status import clean, show_status
 from reprune.reporting.tables import arm_table, rich_table
 from reprune.reporting.verdicts import Claim
+from reprune.reporting.wandb_run import MODES, log_report
 from reprune.tracking.progress import CONSOLE
 
 TITLE = "last block: error per element and per-token relative error; whole model: perplexity, and what else was evaluated"
@@ -63,6 +64,10 @@ def _report(arguments: list[str]) -> None:
     parser.add_argument(
         "--claims", type=Path, metavar="FILE", help="a YAML list of claims, for the page's verdicts"
     )
+    parser.add_argument(
+        "--wandb", choices=MODES, nargs="?", const=MODES[0],
+        help="also log tables and figures to a W&B run (default: offline)",
+    )  # fmt: skip
     given = parser.parse_args(arguments)
     check_folders(given.places)
     claims = claims_in(given.claims) if given.claims else []
@@ -70,24 +75,25 @@ def _report(arguments: list[str]) -> None:
     if frame.empty:
         places = ", ".join(map(str, given.places))
         raise ConfigError("", f"no run folders below {places}", hint="run `reprune` first")
-    _show(frame, given.places, given.out or given.places[0] / "report", given.svg, claims)
+    _show(frame, given, given.out or given.places[0] / "report", claims)
 
 
-def _show(
-    frame: pd.DataFrame, places: list[Path], out: Path, svg: Path | None, claims: Sequence[Claim]
-) -> None:
+def _show(frame: pd.DataFrame, given: argparse.Namespace, out: Path, claims: Sequence[Claim]) -> None:
     table = arm_table(frame)
-    plots = write_report(frame, table, out, places, claims)
+    places: list[Path] = given.places
+    report = write_report(frame, table, out, places, claims)
+    if given.wandb:
+        log_report(report, frame, out, given.wandb)
     if len(table):
         shown = rich_table(table, TITLE)
         # A table is as wide as its columns: a narrow pipe or log must not fold its numbers.
         width = max(CONSOLE.width, Console(width=1000).measure(shown).maximum)
         Console(width=width, soft_wrap=True).print(shown)
-        if svg is not None:
-            svg.parent.mkdir(parents=True, exist_ok=True)
+        if given.svg is not None:
+            given.svg.parent.mkdir(parents=True, exist_ok=True)
             picture = Console(width=width, record=True, file=StringIO())
             picture.print(shown)
-            picture.save_svg(str(svg), title="reprune-report")
+            picture.save_svg(str(given.svg), title="reprune-report")
     for _, run in frame[frame["state"] != "finished"].iterrows():
         CONSOLE.print(f"{run['id']}: {run['state']}", highlight=False, markup=False)
     places_of = {"run folders": ", ".join(map(str, places)), "page": str(out / "report.html")}
@@ -96,9 +102,11 @@ def _show(
             "tables": f"{out / 'arms.csv'}, summary.csv|md|tex, gap.csv, correlations.csv, runs.parquet",
             "plots": f"{out}/*.png, *.pdf",
         }
-    left_out = [f"{plot.name} ({plot.reason})" for plot in plots if plot.figure is None]
+    left_out = [f"{plot.name} ({plot.reason})" for plot in report.plots if plot.figure is None]
     if left_out:
         places_of["not drawn"] = "; ".join(left_out)
+    if given.wandb:
+        places_of["W&B report"] = f"{out}/wandb  (wandb sync sends what was logged offline)"
     mirrored = sorted({path.parents[1] for place in places for path in place.glob("**/wandb/offline-run-*")})
     if mirrored:
         common = f"{mirrored[0].parent}/*/wandb"

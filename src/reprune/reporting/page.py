@@ -37,14 +37,14 @@ class Section:
 def write_page(
     path: Path, title: str, about: str, sections: Sequence[Section], plots: Sequence[Plot]
 ) -> None:
-    """Write the page; sections without rows are left out, plots without a figure are named with their reason."""
+    """Write the page; plots without a figure are named with their reason."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     page = environment.get_template(TEMPLATE).render(
         title=title,
         about=about,
-        tables=[section for section in sections if len(section.table)],
+        tables=sections,
         plots=[
             {
                 "name": plot.name,

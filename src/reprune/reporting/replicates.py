@@ -18,6 +18,7 @@ REPLICATES = (*SET, "config/seed_training")
 IRRELEVANT = (
     "config/output_dir",
     "config/experiment",
+    "config/published",
     "config/threads",
     "config/dry_run",
     "config/tracking.",

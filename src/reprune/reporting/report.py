@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -11,19 +12,29 @@ from reprune.reporting.downstream import correlations
 from reprune.reporting.drawing import Plot, Runs, draw_all, save
 from reprune.reporting.gap import gaps
 from reprune.reporting.page import Section, write_page
+from reprune.reporting.published import beside_published
 from reprune.reporting.replicates import arm_names, arms_of, summarise
 from reprune.reporting.verdicts import Claim, verdict_table
 
 FAMILIES = ("eval/pruned/", "reconstruction/", "reconstruction_relative/")
 
 
+@dataclass(frozen=True)
+class Report:
+    """What was reported: the tables that have rows, and the plots, drawn or not."""
+
+    sections: list[Section]
+    plots: list[Plot]
+
+
 def write_report(
     frame: pd.DataFrame, arms: pd.DataFrame, out: Path, places: Sequence[Path], claims: Sequence[Claim]
-) -> list[Plot]:
-    """Write every file of the report on `frame` (`results`) into `out`; `arms` is its `arm_table`. The plots, drawn or not.
+) -> Report:
+    """Write every file of the report on `frame` (`results`) into `out`; `arms` is its `arm_table`.
 
     runs.csv|parquet, and where a run is finished arms.csv, summary.csv|md|tex, blocks.csv, gap.csv, correlations.csv,
-    verdicts.csv (with claims), a PNG and a PDF a plot, report.html.
+    verdicts.csv (with claims), published.csv|md|tex (where runs name a published table), a PNG and a PDF a plot,
+    report.html. ConfigError where a run names a published table that is not there.
     """
     out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(out / "runs.csv", index=False)
@@ -40,6 +51,9 @@ def write_report(
         runs.blocks.to_csv(out / "blocks.csv", index=False)
         found = {"gap": gaps(runs.frame), "correlations": correlations(runs.frame)}
         verdicts = verdict_table(frame, claims)
+        published = beside_published(runs.frame)
+        if len(published):
+            write_table(published, out / "published")
         if claims:
             found["verdicts"] = verdicts
         for name, table in found.items():
@@ -48,6 +62,7 @@ def write_report(
             Section("verdicts", "Verdicts", "The effect over calibration sets and its 95 % interval (Student's t) against the claim's threshold.", verdicts),
             Section("arms", "Runs", "A row a finished run. Errors are the last block's, per element and relative per token; then what the whole model can do.", arms),
             Section("summary", "Arms", "Means over calibration sets; std: standard deviation over sets (n − 1), missing for a single set.", _short(summary)),
+            Section("published", "Published numbers beside ours", "Ours: mean over calibration sets; difference: ours − published.", published),
             Section("correlations", "Error and what the model can do", "Spearman's ρ of the last block's error and a metric; low and high hold 95 % of it over draws of calibration sets.", found["correlations"]),
             Section("gap", "Gap", "[held-out ÷ held-out of none] ÷ [calibration ÷ calibration of none], errors of the last block.", found["gap"]),
             *tables,
@@ -58,8 +73,18 @@ def write_report(
                 save(plot.figure, out / plot.name)
     finished = len(frame) - len(unfinished)
     about = f"{finished} finished, {len(unfinished)} not finished, below {', '.join(map(str, places))}"
-    write_page(out / "report.html", f"reprune: {', '.join(place.resolve().name for place in places)}", about, tables, plots)  # fmt: skip
-    return plots
+    report = Report([section for section in tables if len(section.table)], plots)
+    title = f"reprune: {', '.join(place.resolve().name for place in places)}"
+    write_page(out / "report.html", title, about, report.sections, plots)
+    return report
+
+
+def write_table(table: pd.DataFrame, stem: Path) -> None:
+    """`STEM.csv`, `STEM.md` and `STEM.tex`."""
+    table.to_csv(stem.with_suffix(".csv"), index=False)
+    stem.with_suffix(".md").write_text(table.to_markdown(index=False, floatfmt=".4g"), encoding="utf-8")
+    latex = table.to_latex(index=False, float_format="%.4g", escape=True)
+    stem.with_suffix(".tex").write_text(latex, encoding="utf-8")
 
 
 def _write_summary(finished: pd.DataFrame, out: Path) -> pd.DataFrame:
@@ -69,10 +94,7 @@ def _write_summary(finished: pd.DataFrame, out: Path) -> pd.DataFrame:
     # Both in the order in which arms first occur.
     firsts = finished.drop_duplicates(arms_of(finished)) if arms_of(finished) else finished[:1]
     summary.insert(0, "arm", arm_names(finished)[firsts.index].to_list())
-    summary.to_csv(out / "summary.csv", index=False)
-    (out / "summary.md").write_text(summary.to_markdown(index=False, floatfmt=".4g"), encoding="utf-8")
-    latex = summary.to_latex(index=False, float_format="%.4g", escape=True)
-    (out / "summary.tex").write_text(latex, encoding="utf-8")
+    write_table(summary, out / "summary")
     return summary
 
 

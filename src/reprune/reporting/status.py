@@ -22,6 +22,7 @@ from reprune.reporting.data_tables import print_whole
 from reprune.reporting.frame import run_folders
 from reprune.run_folder import HASH_LENGTH, RunFolder
 from reprune.tracking.progress import CONSOLE
+from reprune.waiting import waiting
 
 FREED = ("state", "activations")
 COLOURS = {"done": "green", "running": "cyan", "failed": "red", "killed": "red", "interrupted": "yellow"}
@@ -60,7 +61,7 @@ def show_status(arguments: list[str]) -> None:
 def status_rows(places: Sequence[Path], now_s: float | None = None) -> list[dict[str, Any]]:
     """A row a run folder: id, state, block, num_blocks, seconds_left, since_s (unix time), error.
 
-    `state` is done, running, failed, killed, interrupted or not begun. `seconds_left` is for the blocks that are left, at
+    `state` is done, running, failed, killed, interrupted, queued (a sweep that is under way comes to it) or not begun. `seconds_left` is for the blocks that are left, at
     the pace of those that this attempt did; None before the first of them and for runs that do not go on. What is not
     known is None.
     """
@@ -68,8 +69,13 @@ def status_rows(places: Sequence[Path], now_s: float | None = None) -> list[dict
     begun = {path.parent for place in places for path in place.rglob("status.json")}
     # A run that has only its lock yet; other folders with locks have no hash in their names.
     locked = {path.parent for place in places for path in place.rglob(".lock")}
-    folders = begun | {path for path in locked if RUN.search(path.name)}
-    return [_row(RunFolder(path), now_s) for path in sorted(folders)]
+    queued = waiting(places)
+    folders = begun | {path for path in locked if RUN.search(path.name)} | queued
+    rows = [(path, _row(RunFolder(path), now_s)) for path in sorted(folders)]
+    for path, row in rows:
+        if row["state"] == "not begun" and path in queued:
+            row["state"] = "queued"
+    return [row for _, row in rows]
 
 
 def _row(folder: RunFolder, now_s: float) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -18,7 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from reprune.engine.windows import BlockWindow
+if TYPE_CHECKING:
+    from reprune.engine.windows import BlockWindow
 
 LOG = logging.getLogger("reprune")
 CONSOLE = Console(soft_wrap=True)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from reprune.tracking.contract import RunInfo, Tracker
@@ -33,7 +34,7 @@ class WandbTracking:
             if self.mode == "disabled":
                 yield jsonl
                 return
-            run = self._open(info)
+            run = self.open(info.id, info.group, {"reprune_id": info.id, **info.config}, info.folder)
             code = 1
             try:
                 run.define_metric("block/index")
@@ -43,7 +44,10 @@ class WandbTracking:
             finally:
                 run.finish(exit_code=code)
 
-    def _open(self, info: RunInfo) -> Any:
+    def open(
+        self, name: str, group: str, config: Mapping[str, Any], folder: Path, *, job_type: str = "run"
+    ) -> Any:
+        """A W&B run in `folder`; offline, with a warning, where an online one cannot be had."""
         import wandb
 
         def init(mode: Literal["online", "offline"]) -> Any:
@@ -51,10 +55,11 @@ class WandbTracking:
                 project=self.project,
                 entity=self.entity,
                 mode=mode,
-                name=info.id,
-                group=info.group,
-                config={"reprune_id": info.id, **info.config},
-                dir=info.folder,
+                name=name,
+                group=group,
+                job_type=job_type,
+                config=dict(config),
+                dir=folder,
                 settings=wandb.Settings(silent=True, console="off", init_timeout=CONNECT_SECONDS),
             )
 
@@ -66,7 +71,7 @@ class WandbTracking:
                 LOG.warning(
                     "W&B cannot be reached (%s); tracking offline, send it later with: wandb sync '%s'",
                     (str(error).splitlines() or [type(error).__name__])[0],
-                    info.folder / "wandb",
+                    folder / "wandb",
                 )
         return init("offline")
 

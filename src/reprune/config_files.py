@@ -1,0 +1,54 @@
+"""The tree of config files: where it is, which options a group has, which file sets a key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reprune.errors import ConfigError, did_you_mean
+
+
+def config_root() -> Path:
+    """The folder with conf/, experiments/ and sweeps/: inside the installed package, or the checkout's top."""
+    package = Path(__file__).resolve().parent
+    return package if (package / "conf").is_dir() else package.parents[1]
+
+
+def options_of(group: str) -> list[str]:
+    """The names of a group's options; none for what is no group."""
+    for base in (config_root() / "conf" / group, config_root() / group):
+        if base.is_dir():
+            return sorted(path.stem for path in base.glob("*.yaml"))
+    return []
+
+
+def published_tables() -> dict[str, Path]:
+    """By name, the tables that `published=NAME` may name: CSV files in experiments/published."""
+    return {path.stem: path for path in sorted((config_root() / "experiments" / "published").glob("*.csv"))}
+
+
+def check_published(name: str | None) -> None:
+    """Refuse, with a ConfigError, a published table that is not there."""
+    tables = published_tables()
+    if name is not None and name not in tables:
+        raise ConfigError(
+            "published", "no such table in experiments/published", value=name, accepted=list(tables),
+            hint=did_you_mean(name, tables),
+        )  # fmt: skip
+
+
+def files_with(key: str, overrides: Sequence[str] | None = None) -> str:
+    """' (in FILE)' for an experiment or arm file that sets the dotted key, else nothing; of those `overrides` name."""
+    for folder in ("experiments", "conf/arm", "sweeps"):
+        for path in sorted((config_root() / folder).rglob("*.yaml")):
+            if overrides is not None and not any(path.stem in item for item in overrides):
+                continue
+            node: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+            for part in key.split("."):
+                node = node.get(part, None) if isinstance(node, dict) else None
+            if node is not None:
+                return f" (in {path.relative_to(config_root())})"
+    return ""

@@ -1,0 +1,164 @@
+"""Sweeps whose processes are killed: nothing is lost, nothing is done twice, the numbers stay."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers import overrides_for
+from launching import at_block, ended, finished, frame, kill, launch, running, wait_for_the_end_of, wait_until
+from reprune import attempts
+from reprune.attempts import MOST, attempt, counter_of
+from reprune.compose import Composed, compose_run
+from reprune.files import read_json
+
+GRID = ("pruner=wanda,magnitude", "model.num_blocks=12", "reconstruction.epochs=2")
+SOAK_KILLS = 20
+SOAK_EVERY_S = 40
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REPRUNE_CACHE", str(tmp_path / "cache"))
+
+
+def test_the_driver_and_its_jobs_are_killed(tmp_path: Path) -> None:
+    """Catches a sweep that a dead job ends, a dead driver whose jobs go on, lost windows, and other numbers afterwards."""
+    out = tmp_path / "disturbed"
+    driver = launch(out, *GRID)
+    first = at_block(out, 2)
+    kill(first["pid"])
+    second = wait_until(
+        lambda: next(
+            (
+                facts
+                for facts in running(out).values()
+                if facts["pid"] != first["pid"] and facts.get("block", 0) >= 3
+            ),
+            None,
+        ),
+        "the killed run, going on",
+    )
+    assert second["first_block"] >= 2, "the second attempt goes on from the last finished window"
+    kill(driver.pid)
+    said = driver.communicate()[0]
+    assert "killed  by SIGKILL" in said
+    assert "again" in said
+    wait_for_the_end_of(second["pid"])
+    driver = launch(out, *GRID)
+    kill(at_block(out, 5)["pid"])
+    code, said = ended(driver)
+    assert code == 0, said
+    code, said = ended(launch(tmp_path / "undisturbed", *GRID, "sweep.own_process=false"))
+    assert code == 0, said
+    pd.testing.assert_frame_equal(frame(out), frame(tmp_path / "undisturbed"))
+
+
+@pytest.mark.soak
+def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
+    """The same at moments that nobody chose: in imports, checks, writes, between two runs."""
+    seed = int(np.random.default_rng().integers(2**31))
+    stream, out, kills = np.random.default_rng(seed), tmp_path / "disturbed", 0
+    grid = ("pruner=wanda,magnitude,random", "seed=0,1", *GRID[1:])
+    while kills < SOAK_KILLS:
+        driver = launch(out, *grid)
+        while kills < SOAK_KILLS and not _ends_within(driver, float(stream.uniform(0, SOAK_EVERY_S))):
+            kills += 1
+            jobs = [facts["pid"] for facts in running(out).values()]
+            victim = jobs[0] if jobs and stream.uniform() < 0.5 else driver.pid
+            kill(victim)
+            print(
+                f"seed {seed}, kill {kills}: {'job' if victim in jobs else 'driver'}, {finished(out)} runs are finished"
+            )
+            if victim == driver.pid:
+                for job in jobs:
+                    wait_for_the_end_of(job)
+        driver.communicate()
+        if driver.returncode == 0:
+            # Done before its kills were: one run has to be done again.
+            shutil.rmtree(next(out.glob("*/result.json")).parent)
+    code, said = ended(launch(out, *grid))
+    assert code == 0, said
+    assert ended(launch(tmp_path / "undisturbed", *grid))[0] == 0
+    pd.testing.assert_frame_equal(frame(out), frame(tmp_path / "undisturbed"))
+
+
+def _ends_within(driver: subprocess.Popen[str], seconds: float) -> bool:
+    try:
+        driver.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+@pytest.fixture
+def point(tmp_path: Path) -> Composed:
+    """A point of a sweep."""
+    return compose_run(overrides_for(tmp_path / "out"))
+
+
+def _ending(monkeypatch: pytest.MonkeyPatch, *codes: int | BaseException) -> list[int]:
+    """Let processes end like this, one after the other; returns how many were begun, counted as the sweep counts them."""
+    left, counted = list(codes), []
+
+    def run_apart(composed: Composed) -> int:
+        counted.append(int(read_json(counter_of(composed))["attempts"]))
+        code = left.pop(0)
+        if isinstance(code, BaseException):
+            raise code
+        return code
+
+    monkeypatch.setattr(attempts, "_run_apart", run_apart)
+    return counted
+
+
+@pytest.mark.parametrize("code", [-signal.SIGKILL, 128 + signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS])
+def test_a_killed_job_is_tried_once_more(point: Composed, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """Catches a job that is given up at its first death, and one that kills a machine again and again."""
+    counted = _ending(monkeypatch, code, 0)
+    assert attempt(point) is None
+    assert counted == [1, 2]
+    assert not counter_of(point).exists(), "its next sweep counts anew"
+    counted = _ending(monkeypatch, code, code, 0)
+    assert "killed 2 times" in str(attempt(point))
+    assert len(counted) == MOST
+
+
+def test_attempts_that_were_lost_with_their_machine_count(
+    point: Composed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a count that dies with the process that counts."""
+    attempts.write_json(counter_of(point), {"attempts": MOST})
+    counted = _ending(monkeypatch)
+    assert "killed 2 times" in str(attempt(point))
+    assert counted == []
+
+
+@pytest.mark.parametrize(
+    ("code", "why"), [(3, "exit code 3"), (-signal.SIGTERM, "SIGTERM"), (-signal.SIGINT, "SIGINT")]
+)
+def test_what_was_not_killed_is_not_repeated(
+    point: Composed, monkeypatch: pytest.MonkeyPatch, code: int, why: str
+) -> None:
+    """Catches a second attempt of what somebody asked to end, and of what would end the same again."""
+    counted = _ending(monkeypatch, code)
+    assert why in str(attempt(point))
+    assert counted == [1]
+    assert not counter_of(point).exists()
+
+
+@pytest.mark.parametrize("told", [KeyboardInterrupt(), SystemExit(-1)])
+def test_a_worker_that_is_told_to_end_counts_as_no_attempt(
+    point: Composed, monkeypatch: pytest.MonkeyPatch, told: BaseException
+) -> None:
+    """Catches a queue's time limit taken for a death: after two of them the job would be given up."""
+    _ending(monkeypatch, told)
+    with pytest.raises(type(told)):
+        attempt(point)
+    assert not counter_of(point).exists()
