@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers import overrides_for
+from helpers import overrides_for, perplexity_on, write_documents
 from reprune import job, pipeline, run
 from reprune.check import RunPlan
 from reprune.compose import Composed, compose_run
@@ -122,6 +122,22 @@ def test_a_finished_point_starts_no_process(
     assert main(*GRID, "sweep.own_process=true") == 1
     assert [point.choices["pruner"] for point in begun] == ["random"]
     assert "3 runs: 2 finished, 1 to do" in capsys.readouterr().out
+
+
+def test_points_that_only_evaluate_differently_share_a_run(
+    tmp_path: Path, main: Callable[..., int], begun: list[str]
+) -> None:
+    """Catches a sweep that calls a run unfinished because its record shows the suite of another point."""
+    text = tmp_path / "text.jsonl"
+    write_documents(text)
+    # perplexity_on chooses the evaluation, and then its text.
+    sizes = [it for it in perplexity_on(mine=text) if "num_windows" not in it]
+    windows = "evaluation.perplexity.num_windows=2,3"
+    assert main("-m", *sizes, windows) == 0
+    assert len(list((tmp_path / "out").glob("tiny-*"))) == 1
+    del begun[:]
+    assert main("-m", *sizes, windows) == 0
+    assert begun == []
 
 
 def test_an_interrupt_ends_the_sweep_at_once(

@@ -415,6 +415,11 @@ def test_evaluation_that_repeats_calibration_is_refused(tmp_path: Path, document
         ConfigError, match=r"(?s)evaluation\.perplexity\.leak.*calibration windows.*allow_overlap"
     ):
         plan_of(tmp_path, *calibration, *evaluated)
+    with pytest.raises(ConfigError, match=r"(?s)33\.3%.*at most 33\.0%"):
+        plan_of(tmp_path, *calibration, *evaluated, "max_overlap=0.33")
+    plan_of(tmp_path, *calibration, *evaluated, "max_overlap=0.34")
+    with pytest.raises(ConfigError, match="max_overlap"):
+        plan_of(tmp_path, "max_overlap=1.5")
     allowed = plan_of(tmp_path, *calibration, *evaluated, "allow_overlap=true")
     shares = allowed.check_texts(allowed.texts(None))
     assert shares["evaluation.perplexity.leak"] == pytest.approx(1 / 3)

@@ -84,9 +84,8 @@ class RunPlan:
         corpora = [source.corpus(key) for source, key in sources if isinstance(source, CorpusSource)]
         common = common_runs(self.tokenizer, corpora)
         check_lengths([text.tokens_NT.shape[1] for text in texts.reconstruction])
-        return check_roles(
-            texts, evaluation, common, run_length(self.tokenizer), self.config["allow_overlap"]
-        )
+        most = 1.0 if self.config["allow_overlap"] else self.config["max_overlap"]
+        return check_roles(texts, evaluation, common, run_length(self.tokenizer), most)
 
 
 def check(composed: Composed) -> RunPlan:
@@ -115,6 +114,11 @@ def check(composed: Composed) -> RunPlan:
         seed=config["seed"], seed_data=config["seed_data"], seed_training=config["seed_training"]
     )
     check_published(config["published"])
+    if not 0 <= config["max_overlap"] <= 1:
+        raise ConfigError(
+            "max_overlap", "is a share of the calibration windows", value=config["max_overlap"],
+            accepted="0 (none, the default) to 1",
+        )  # fmt: skip
     _check_writable(Path(config["output_dir"]))
     device = plan_device(config["device"], config["dtype"], dtype_of(source), config["threads"])
     tokenizer = load_tokenizer(source)

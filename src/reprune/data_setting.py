@@ -96,7 +96,7 @@ class Setting:
             if isinstance(request.source, CorpusSource)
         ]
         common = common_runs(self.tokenizer, corpora)
-        return check_roles(texts, evaluation, common, run_length(self.tokenizer), allow_overlap=True)
+        return check_roles(texts, evaluation, common, run_length(self.tokenizer), most=1.0)
 
 
 def built(config: Mapping[str, Any], group: str, where: Mapping[str, str]) -> dict[str, Any]:

@@ -33,10 +33,12 @@ TOP_LEVEL = {
     "output_dir": "where run folders lie (outputs)",
     "export.model, export.masks": "true writes the pruned model, the masks",
     "experiment": "the W&B group",
-    "allow_overlap": "true runs although calibration repeats held-out text",
+    "max_overlap, allow_overlap": "share of calibration windows that may repeat held-out text (0); true: any",
+    "published": "a table of experiments/published, for the report to show beside our numbers",
     "dry_run": "true checks everything and prints the plan",
     "sweep.confirm, sweep.max_runs, sweep.max_hours": "a sweep of more than that many runs (200) or hours needs sweep.confirm=true",
     "sweep.skip": "points of a grid that make no sense: a list of mappings of choices and keys to values",
+    "sweep.own_process": "false does the runs of a sweep in the launcher's process (true: each in its own, tried again if killed)",
     "sweep.jobs": "how many runs launcher=box does at a time on a machine without GPUs (2)",
 }
 EXAMPLES = (

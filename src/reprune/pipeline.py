@@ -186,11 +186,16 @@ def _block_loop(
 
 
 def complete(plan: RunPlan) -> bool:
-    """Whether nothing of what was asked for is left to do: the record, its evaluations, its exports."""
-    if not plan.folder.finished or not all(finished(plan.folder.path, entry) for entry in plan.suite):
+    """Whether nothing is left to do and the record shows it: it shows the suite that was asked for last."""
+    if not nothing_left(plan):
         return False
-    # The record shows the suite that was asked for last, which may be another one.
-    if read_json(plan.folder.path / "result.json")["suite"] != [entry.hash for entry in plan.suite]:
+    shown: list[str] = read_json(plan.folder.path / "result.json")["suite"]
+    return shown == [entry.hash for entry in plan.suite]
+
+
+def nothing_left(plan: RunPlan) -> bool:
+    """Whether all that was asked for is there: the record, its evaluations, its exports."""
+    if not plan.folder.finished or not all(finished(plan.folder.path, entry) for entry in plan.suite):
         return False
     export = plan.config["export"]
     wanted = [name for name, asked in (("model", export["model"]), ("masks", export["masks"])) if asked]
@@ -198,7 +203,8 @@ def complete(plan: RunPlan) -> bool:
 
 
 def _info(plan: RunPlan) -> RunInfo:
-    return RunInfo(plan.folder.id, plan.folder.path, plan.config["experiment"], plan.config)
+    config = {"choices": plan.composed.choices, **plan.config}
+    return RunInfo(plan.folder.id, plan.folder.path, plan.config["experiment"], config)
 
 
 def keep_texts(path: Path, texts: Texts, going_on: bool) -> None:

@@ -58,6 +58,7 @@ class RunConfig:
     dtype: str = "auto"
     threads: int | None = None
     output_dir: str = "outputs"
+    max_overlap: float = 0.0
     allow_overlap: bool = False
     dry_run: bool = False
     sweep: SweepConfig = field(default_factory=SweepConfig)

@@ -18,7 +18,7 @@ from reprune.check import RunPlan
 from reprune.errors import ConfigError, require_positive
 from reprune.files import read_json, sha256_of_json, write_json
 from reprune.job import done_of, note_of, noted
-from reprune.pipeline import complete
+from reprune.pipeline import nothing_left
 from reprune.shapes import existing
 from reprune.tracking.progress import CONSOLE
 from reprune.waiting import under_way
@@ -56,7 +56,7 @@ class Sweep:
     @cached_property
     def to_do(self) -> list[RunPlan]:
         """What is not finished when the sweep begins."""
-        return [plan for plan in self.plans if not complete(plan)]
+        return [plan for plan in self.plans if not nothing_left(plan)]
 
     def announce(self) -> None:
         """Say what the sweep comes to. ConfigError where that is more than it may be without `sweep.confirm=true`."""
@@ -148,7 +148,7 @@ class Sweep:
 
     def show_failures(self) -> int:
         """Print a table of the runs that are not finished, and why; how many they are."""
-        missing = [plan for plan in self.plans if not complete(plan)]
+        missing = [plan for plan in self.plans if not nothing_left(plan)]
         if not missing:
             return 0
         table = Table(

@@ -33,13 +33,13 @@ class Texts:
 
 
 def check_roles(
-    texts: Texts, evaluation: Mapping[str, TextSet], common: Hashes, size: int, allow_overlap: bool
+    texts: Texts, evaluation: Mapping[str, TextSet], common: Hashes, size: int, most: float
 ) -> dict[str, float]:
     """Check that no document has two roles and measure the overlap of calibration with every held-out text.
 
     `common` are the runs that stand in many documents, `size` the length of a run in tokens. Returns, for each
     held-out text, the share of calibration windows that hold one of its rare runs. Raises ConfigError for a shared
-    document, and for a shared run unless `allow_overlap`.
+    document, and where that share is more than `most`.
     """
     held_out = {
         **{f"validation.{text.name}": text for text in texts.validation},
@@ -53,13 +53,13 @@ def check_roles(
         runs = distinct(np.concatenate([runs_of(row.numpy(), size) for row in text.tokens_NT]))
         rare = without(runs, common)
         shares[key] = sum(shares_any(window, rare) for window in windows) / max(1, len(windows))
-        if shares[key] and not allow_overlap:
+        if shares[key] > most:
             raise ConfigError(
                 key,
                 f"{shares[key]:.1%} of the calibration windows hold a run of {size} tokens of this text",
                 value=text.name,
-                accepted="held-out text that the calibration text does not repeat",
-                hint="choose another text or split, or set allow_overlap=true to run all the same (it is recorded)",
+                accepted=f"at most {most:.1%} (max_overlap)",
+                hint="choose another text or split, raise max_overlap, or set allow_overlap=true to run all the same (it is recorded)",
             )
     return shares
 

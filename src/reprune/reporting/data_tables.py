@@ -73,7 +73,7 @@ def print_one(
     for measure, value in found.items():
         table.add_row(_cell(measure, value), MEASURES[measure][2])
     for key, share in overlap.items():
-        refused = "; a run refuses it unless allow_overlap=true" if share else ""
+        refused = "; a run refuses it unless max_overlap is as much, or allow_overlap=true" if share else ""
         table.add_row(f"{share:.1%}", f"of the windows repeat {key}{refused}")
     source = ", ".join(
         f"{name} {str(value)[:16]}" for name, value in text.source.items() if value is not None
