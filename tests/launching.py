@@ -37,15 +37,24 @@ def ended(driver: subprocess.Popen[str]) -> tuple[int, str]:
     return driver.returncode, said
 
 
-def wait_until(found: Callable[[], Any], what: str) -> Any:
-    """The first thing found that is true."""
+def wait_until(found: Callable[[], Any], what: str, driver: subprocess.Popen[str] | None = None) -> Any:
+    """The first thing found that is true; fails where the driver, if there is one, ends before."""
     until = time.monotonic() + PATIENCE_S
     while time.monotonic() < until:
         result = found()
         if result:
             return result
+        assert driver is None or driver.poll() is None, f"before {what}: {driver.communicate()[0]}"
         time.sleep(0.005)
     raise AssertionError(f"not in {PATIENCE_S} s: {what}")
+
+
+def alive(pid: int) -> bool:
+    """Whether the process is there and no zombie, which nobody may ever wait for."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def running(output_dir: Path) -> dict[str, Mapping[str, Any]]:
@@ -56,7 +65,7 @@ def running(output_dir: Path) -> dict[str, Mapping[str, Any]]:
             facts = read_json(path)
         except FileNotFoundError:
             continue
-        if facts["state"] == "running" and psutil.pid_exists(facts["pid"]):
+        if facts["state"] == "running" and alive(facts["pid"]):
             found[path.parent.name] = facts
     return found
 
@@ -84,7 +93,7 @@ def kill(pid: int) -> None:
 
 def wait_for_the_end_of(pid: int) -> None:
     """A process whose parent is gone ends by itself."""
-    wait_until(lambda: not psutil.pid_exists(pid), f"the end of process {pid}")
+    wait_until(lambda: not alive(pid), f"the end of process {pid}")
 
 
 def frame(output_dir: Path) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from reprune.attempts import MOST, attempt, counter_of
 from reprune.compose import Composed, compose_run
 from reprune.files import read_json
 
-GRID = ("pruner=wanda,magnitude", "model.num_blocks=12", "reconstruction.epochs=2")
+GRID = ("pruner=wanda,magnitude", "model.num_blocks=12", "reconstruction.epochs=40")
 SOAK_KILLS = 20
 SOAK_EVERY_S = 40
 

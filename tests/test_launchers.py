@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 
 import reprune
 from helpers import overrides_for
-from launching import at_block, ended, frame, launch, wait_until
+from launching import ended, finished, frame, launch, running, wait_for_the_end_of, wait_until
 from reprune import run
 from reprune.files import read_json
 from reprune.reporting.status import status_rows
@@ -59,33 +61,66 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         cluster.shutdown()
 
 
+def _node_of(pid: int, cluster: Any) -> str | None:
+    """'head' or 'second': whose raylet a job's process descends from."""
+    raylets = {
+        node.all_processes["raylet"][0].process.pid: name
+        for name, node in (("head", cluster.head_node), ("second", cluster.second))
+    }
+    try:
+        above = [process.pid for process in psutil.Process(pid).parents()]
+    except psutil.NoSuchProcess:
+        return None
+    return next((raylets[one] for one in above if one in raylets), None)
+
+
 def test_ray_cluster_that_loses_a_node(
     two_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches jobs that share a GPU, a lost node that ends the sweep, and jobs that are lost with it."""
-    grid = ("pruner=wanda,magnitude,random,sparsegpt", "seed=0,1", *GRID[1:])
+    out = tmp_path / "out"
+    grid = (
+        "pruner=wanda,magnitude,random,sparsegpt",
+        "seed=0,1",
+        "model.num_blocks=6",
+        "reconstruction.epochs=100",
+    )
+    # A worker of a cluster knows neither this process's environment nor its folder.
+    monkeypatch.chdir(tmp_path)
     driver = launch(
-        tmp_path / "out", "launcher=ray", "hydra.launcher.ray.remote.num_cpus=1", *grid,
-        RAY_ADDRESS=two_nodes.address,
+        Path("out"), "launcher=ray", "hydra.launcher.ray.remote.num_cpus=1", *grid, RAY_ADDRESS=two_nodes.address,
+        REPRUNE_CACHE=str(tmp_path / "shared"),
     )  # fmt: skip
 
-    def both_nodes() -> bool:
-        begun = [path.parent for path in (tmp_path / "out").glob("*/environment.json")]
-        return len(begun) >= 2
+    def one_on_each() -> dict[str | None, tuple[str, int]] | None:
+        under_way = {run: facts for run, facts in running(out).items() if facts.get("block", 0) >= 1}
+        places = {_node_of(facts["pid"], two_nodes): (run, facts["pid"]) for run, facts in under_way.items()}
+        return places if set(places) == {"head", "second"} and finished(out) >= 3 else None
 
-    wait_until(both_nodes, "two jobs at a time")
-    queued = [row for row in status_rows([tmp_path / "out"]) if row["state"] == "queued"]
-    assert queued, "whoever asks sees what waits"
+    places = wait_until(one_on_each, "a job on each node at once, in the middle of the sweep", driver)
+    seen = {read_json(out / run / "environment.json")["visible_devices"] for run, _ in places.values()}
+    assert seen == {"0"}, "each node has one GPU, and its job sees that one"
+    assert any(row["state"] == "queued" for row in status_rows([out])), "whoever asks sees what waits"
+    lost, pid = places["second"]
     two_nodes.remove_node(two_nodes.second, allow_graceful=False)
+    wait_for_the_end_of(pid)
+    assert not (out / lost / "result.json").exists()
     code, said = ended(driver)
     assert code == 0, said
-    results = reprune.results(tmp_path / "out")
-    assert list(results["state"]) == ["finished"] * 8
-    seen = {read_json(path)["visible_devices"] for path in (tmp_path / "out").glob("*/environment.json")}
-    assert seen == {"0"}, "each node has one GPU, and each job sees that one"
-    pd.testing.assert_frame_equal(
-        frame(tmp_path / "out"), _in_process(tmp_path / "alone", monkeypatch, *grid)
-    )
+    assert list(reprune.results(out)["state"]) == ["finished"] * 8
+    assert (tmp_path / "shared").is_dir()
+    pd.testing.assert_frame_equal(frame(out), _in_process(tmp_path / "alone", monkeypatch, *grid))
+
+
+def test_box(tmp_path: Path) -> None:
+    """Catches jobs that get no cores, or all of them, and more at a time than was asked for."""
+    pytest.importorskip("ray")
+    code, said = ended(launch(tmp_path / "out", "launcher=box", "sweep.jobs=1", "pruner=wanda,none"))
+    assert code == 0, said
+    assert list(reprune.results(tmp_path / "out")["state"]) == ["finished"] * 2
+    told = [read_json(path) for path in (tmp_path / "out").glob("*/status.json")]
+    spans = sorted((facts["begun_s"], facts["unix_time_s"]) for facts in told)
+    assert spans[0][1] <= spans[1][0], "one at a time"
 
 
 @pytest.fixture
@@ -114,37 +149,35 @@ def test_slurm_array_that_runs_out_of_time(
 ) -> None:
     """Catches a script that asks for the wrong things, and a time limit that loses windows or counts as a failure."""
     out = tmp_path / "out"
-    driver = launch(out, "launcher=slurm", "hydra.launcher.timeout_min=5", *GRID, "reconstruction.epochs=20")
-    at_block(out, 2)
-    # Two minutes before its end a job is told by a signal to all its processes.
-    early = [entry for entry in _asked(slurm) if "started" in entry]
-    for entry in early:
-        _signal_group(entry["pid"])
+    grid = (*GRID, "reconstruction.epochs=100")
+    driver = launch(out, "launcher=slurm", "hydra.launcher.timeout_min=5", *grid)
+
+    def both() -> bool:
+        return len([facts for facts in running(out).values() if facts.get("block", 0) >= 1]) == 2
+
+    wait_until(both, "two tasks of the array under way", driver)
+    for entry in [entry for entry in _asked(slurm) if "started" in entry]:
+        # Slurm tells every process of a job that its time is up, and one that it takes the machine back.
+        os.killpg(entry["pid"], signal.SIGTERM)
+        os.killpg(entry["pid"], signal.SIGUSR2)
     code, said = ended(driver)
     assert code == 0, said
     script = (slurm / "submitted.sh").read_text()
-    for line in (
-        "--array=0-1%2",
-        "--gpus-per-node=1",
-        "--cpus-per-task=8",
-        "--mem=32GB",
-        "--signal=USR2@180",
-        "--time=5",
-    ):
-        assert f"#SBATCH {line}" in script
+    asked = (
+        "array=0-1%2",
+        "gpus-per-node=1",
+        "cpus-per-task=8",
+        "mem=32GB",
+        "signal=USR2@180",
+        "time=5",
+        "requeue",
+    )
+    assert [line for line in asked if f"#SBATCH --{line}\n" not in script] == []
     again = [entry["arguments"][1] for entry in _asked(slurm) if entry.get("command") == "scontrol"]
     assert sorted(again) == ["100_0", "100_1"]
     first = [read_json(path)["first_block"] for path in out.glob("*/status.json")]
-    assert max(first) >= 2, "what was frozen before the limit stays"
-    pd.testing.assert_frame_equal(
-        frame(out), _in_process(tmp_path / "alone", monkeypatch, *GRID, "reconstruction.epochs=20")
-    )
-
-
-def _signal_group(pid: int) -> None:
-    import os
-
-    os.killpg(pid, signal.SIGUSR2)
+    assert max(first) >= 1, "what was frozen before the limit stays"
+    pd.testing.assert_frame_equal(frame(out), _in_process(tmp_path / "alone", monkeypatch, *grid))
 
 
 def test_submitit_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,37 @@ def test_online_without_network_goes_on_offline(
     assert "wandb sync" in caplog.text
 
 
+@pytest.mark.parametrize("lost_at", [1, 3])
+def test_a_connection_that_is_lost_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lost_at: int
+) -> None:
+    """Catches a run that fails, or waits, because its mirror went away in the middle."""
+    import wandb
+
+    told: list[Any] = []
+
+    class Gone:
+        summary: dict[str, Any] = {}  # noqa: RUF012 (stands for W&B's own)
+
+        def __getattr__(self, name: str) -> Any:
+            def tell(*_: Any, **__: Any) -> None:
+                told.append(name)
+                if len(told) > lost_at:
+                    raise wandb.errors.UsageError("the service process is not there")
+
+            return tell
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Gone())
+    monkeypatch.setattr(logging.getLogger("reprune"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="reprune"):
+        plan, result = run_tiny(tmp_path, "tracking=wandb")
+    assert len(told) == lost_at + 1, "it is not asked again"
+    assert caplog.text.count("the service process is not there") == 1
+    assert plan.folder.status().state == "finished"
+    lines = [json.loads(line) for line in (plan.folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert {name: lines[-1][name] for name in result["metrics"]} == result["metrics"]
+
+
 def test_disabled_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a W&B that is started, or leaves files, although it is switched off."""
     import wandb

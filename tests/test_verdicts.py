@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from scipy.stats import t
 
 from reprune.errors import ConfigError
+from reprune.reporting.fitting import fitting
 from reprune.reporting.replicates import arms_of, summarise, value_by_set
-from reprune.reporting.verdicts import Claim, effects_of, fits_calibration, judge, verdict_table
+from reprune.reporting.verdicts import Claim, effects_of, judge, verdict_table
 
 ERROR = "reconstruction/calibration/web/last"
 HELD = "reconstruction/probe/held_out/last"
@@ -124,19 +125,26 @@ def test_claims_about_nothing_are_told(given_: dict[str, Any], words: str) -> No
 
 
 def test_fit_to_the_calibration_text_is_flagged_only_beyond_noise() -> None:
-    """Catches a flag where both errors fall, and one that noise raises."""
-    arms = {"arm": {"config/reconstruction.name": "br"}, "against": {"config/reconstruction.name": "none"}}
-    texts = {"calibration": ERROR, "held_out": HELD}
+    """Catches a flag where both errors fall, one that noise raises, pairs the wrong way, and other sets paired."""
 
-    def flagged(held: list[float]) -> bool:
+    def told(held: list[float]) -> dict[str, Any]:
         sets = range(4)
         frame = runs({"br": {(n, 0): 1.0 + n / 100 for n in sets}, "none": {(n, 0): 2.0 for n in sets}})
+        frame["choice/reconstruction"] = frame["config/reconstruction.name"]
+        frame["choice/pruner"] = frame["choice/pattern"] = "any"
         frame[HELD] = [*held, *([3.0] * 4)]
-        return fits_calibration(frame, **arms, **texts)
+        # The order of runs pairs nothing.
+        table = fitting(frame.sample(frac=1, random_state=0))
+        assert len(table) == 1
+        [row] = table.to_dict("records")
+        assert (row["arm"], row["against"], row["sets"]) == ("br", "none", 4)
+        assert row["calibration_change"] == pytest.approx(1.015 / 2 - 1)
+        assert row["held_out_change"] == pytest.approx(sum(held) / 4 / 3 - 1)
+        return row
 
-    assert flagged([4.0, 4.1, 3.9, 4.2])
-    assert not flagged([2.0, 2.1, 1.9, 2.2])
-    assert not flagged([4.0, 2.1, 3.9, 2.2])
+    assert told([4.0, 4.1, 3.9, 4.2])["verdict"] == "fits the calibration text"
+    assert told([2.0, 2.1, 1.9, 2.2])["verdict"] == "does not"
+    assert told([4.0, 2.1, 3.9, 2.2])["verdict"] == "cannot say"
 
 
 def test_summary_is_over_sets() -> None:

@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from reprune.compose import Composed, prepare
 from reprune.files import read_json, write_json
 from reprune.tracking.progress import LOG, configure_logging, quiet_libraries
@@ -35,6 +37,20 @@ def attempt(composed: Composed) -> str | None:
     An attempt is counted where the whole sweep sees it, so that one whose machine was lost with it counts too.
     """
     counter = counter_of(composed)
+    counter.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(counter.with_suffix(".lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        # The same point twice in a grid, or in two sweeps at once: the other one does it.
+        return None
+    try:
+        return _attempt(composed, counter)
+    finally:
+        lock.release()
+
+
+def _attempt(composed: Composed, counter: Path) -> str | None:
     while True:
         begun = int(read_json(counter)["attempts"]) if counter.is_file() else 0
         if begun >= MOST:
@@ -100,7 +116,8 @@ def main() -> None:
     """The process apart: what to do comes on standard input, which stays open for as long as anybody wants it done."""
     from reprune.job import run_and_note
 
-    for name in QUEUE_SIGNALS:
+    # A queue that takes the machine back tells every process; the one that waits asks to be queued again.
+    for name in (*QUEUE_SIGNALS, *(["SIGTERM"] if "SUBMITIT_EXECUTOR" in os.environ else [])):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     given = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_the_worker, daemon=True).start()

@@ -33,6 +33,9 @@ def cached_folder(kind: str, key: Mapping[str, Any], make: Callable[[Path], None
     with FileLock(root / f".{folder.name}.lock"):
         if folder.is_dir():
             return folder
+        # What killed writers left; nobody else writes this while the lock is held.
+        for left in root.glob(f".{folder.name}.*.part"):
+            shutil.rmtree(left, ignore_errors=True)
         temporary = root / f".{folder.name}.{uuid.uuid4().hex}.part"
         temporary.mkdir()
         try:

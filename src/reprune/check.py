@@ -23,6 +23,7 @@ from reprune.config_files import check_published
 from reprune.engine.windows import windows_over
 from reprune.errors import ConfigError, require_nonnegative
 from reprune.evaluation.suite import SuiteEntry, check_suite, described_tokenizer
+from reprune.files import sha256_of_json
 from reprune.identity import canonical, schedule_identity, technique_identity
 from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan, plan_device
@@ -64,6 +65,13 @@ class RunPlan:
     sizes: Sizes
 
     @property
+    def alike(self) -> str:
+        """Hash of what the run is on whatever device."""
+        return sha256_of_json(
+            {name: it for name, it in self.identity.items() if name not in ("dtype", "device")}
+        )
+
+    @property
     def config(self) -> dict[str, Any]:
         """The composed config as plain data."""
         return self.composed.config
@@ -88,8 +96,11 @@ class RunPlan:
         return check_roles(texts, evaluation, common, run_length(self.tokenizer), most)
 
 
-def check(composed: Composed) -> RunPlan:
-    """Build and check one run. Raises ConfigError for whatever is wrong, cheap checks first."""
+def check(composed: Composed, *, here: bool = True) -> RunPlan:
+    """Build and check one run. Raises ConfigError for whatever is wrong, cheap checks first.
+
+    Where it is not done `here`, nothing is asked of this machine's devices and memory.
+    """
     config, where = composed.config, composed.where
     technique: Technique = build(config["reconstruction"], "reconstruction", where)
     pattern: Pattern = build(config["pattern"], "pattern", where)
@@ -120,7 +131,7 @@ def check(composed: Composed) -> RunPlan:
             accepted="0 (none, the default) to 1",
         )  # fmt: skip
     _check_writable(Path(config["output_dir"]))
-    device = plan_device(config["device"], config["dtype"], dtype_of(source), config["threads"])
+    device = plan_device(config["device"], config["dtype"], dtype_of(source), config["threads"], here=here)
     tokenizer = load_tokenizer(source)
     shapes = shapes_of(source, config["targets"], config["target_blocks"])
     windows_over(shapes.num_blocks, technique.window, technique.stride)
@@ -189,7 +200,7 @@ def check(composed: Composed) -> RunPlan:
         composed, source, tokenizer, device, shapes, pruner, pattern, sparsity, rounds, schedule, technique, requests,
         suite, tracking, folder, identity, seed_data, seed_training, sizes,
     )  # fmt: skip
-    if not folder.finished:
+    if here and not folder.finished:
         check_room(sizes, Path(config["output_dir"]), source.name)
     plan.check_texts(texts)
     return plan

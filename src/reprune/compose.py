@@ -38,7 +38,7 @@ def prepare() -> Path:
 class Composed:
     """A run's config as plain data, its choices of options by group, and the overrides that led to it.
 
-    `sweep` is what belongs to the whole sweep, and `hydra` its mode and grid: neither is recorded with the run.
+    `sweep` is what belongs to the whole sweep, and `hydra` its mode, grid and launcher: neither is recorded with the run.
     """
 
     config: dict[str, Any]
@@ -60,6 +60,11 @@ class Composed:
             if group != "launcher" and not group.startswith("hydra/")
         }
         return Composed(own, kept, tuple(overrides), hydra, dict(config["sweep"]))
+
+    @property
+    def launcher(self) -> str:
+        """Hydra's launcher, where Hydra composed a whole command."""
+        return str(self.hydra.get("launcher", ""))
 
     @property
     def key(self) -> str:
@@ -92,6 +97,7 @@ def compose_run(overrides: Sequence[str]) -> Composed:
             choices = dict(full.hydra.runtime.choices)
             hydra = {
                 "mode": str(full.hydra.mode or ""),
+                "launcher": choices.get("hydra/launcher"),
                 "params": dict(full.hydra.sweeper.get("params") or {}),
             }
             config = plain(full)

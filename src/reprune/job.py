@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,16 +11,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from reprune import dry_run
 from reprune.attempts import attempt
 from reprune.compose import Composed, plain
 from reprune.errors import ConfigError, HeldError, RunError
 from reprune.files import read_json, write_json
 from reprune.rules import left_out
 from reprune.tracking.progress import LOG, configure_logging, quiet_libraries
+from reprune.waiting import PLACES
 
 if TYPE_CHECKING:
     from reprune.check import RunPlan
 
+HELD_PATIENCE_S, HELD_PAUSE_S = 60.0, 1.0
 CHECKED: dict[str, RunPlan] = {}
 """Plans that were made in this process before Hydra began: a job that runs here need not be checked again."""
 
@@ -34,11 +39,18 @@ def job(config: DictConfig) -> dict[str, Any] | None:
     composed = Composed.of(plain(config), settings.runtime.choices, settings.overrides.task, {})
     if settings.mode is not RunMode.MULTIRUN:
         quiet_libraries()
-        return _run(composed)
+        plan = _checked(composed)
+        if plan.config["dry_run"]:
+            dry_run.show(plan)
+            return None
+        return _run(plan)
+    if Path(settings.runtime.cwd).is_dir():
+        # A worker of a cluster was started elsewhere; relative paths are those of the command.
+        os.chdir(settings.runtime.cwd)
     # The same point may stand twice in a grid: one attempt a sweep.
     if left_out(composed) or note_of(composed).is_file() or done_of(composed).is_file():
         return None
-    if composed.config["dry_run"] or not composed.sweep["own_process"]:
+    if not composed.sweep["own_process"]:
         quiet_libraries()
         run_and_note(composed)
         return None
@@ -55,15 +67,38 @@ def job(config: DictConfig) -> dict[str, Any] | None:
 def run_and_note(composed: Composed) -> None:
     """Do one run of a sweep in this process. A failure is noted where the sweep looks for it, and not raised."""
     try:
-        _run(composed)
-    except HeldError:
-        # A twin in this grid or in another sweep does it; whether it was done is looked at in the end.
-        return
+        plan = _checked(composed)
+        if plan.config["dry_run"]:
+            dry_run.show(plan)
+            return
+        write_json(place_of(composed), {"run": plan.folder.id, "alike": plan.alike})
+        _run_when_free(plan)
+    except HeldError as error:
+        # A twin in another sweep does it; whether it was done is looked at in the end.
+        LOG.info("left    %s", error)
     except (RunError, ConfigError) as error:
         write_json(note_of(composed), {"error": str(error)})
     except Exception as error:
         LOG.exception("a defect, not a choice that went wrong:")
         write_json(note_of(composed), {"error": f"{type(error).__name__}: {error}"})
+
+
+def _run_when_free(plan: RunPlan) -> None:
+    """Who holds the folder may be a process that is dying, or a point that only evaluates differently: wait a little."""
+    until = time.monotonic() + HELD_PATIENCE_S
+    while True:
+        try:
+            _run(plan)
+            return
+        except HeldError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(HELD_PAUSE_S)
+
+
+def place_of(composed: Composed) -> Path:
+    """Where a job says which run the point is: on another machine it may be another than where it was planned."""
+    return composed.sweep_folder / PLACES / f"{composed.key}.json"
 
 
 def note_of(composed: Composed) -> Path:
@@ -82,15 +117,15 @@ def noted(composed: Composed) -> str | None:
     return str(read_json(note)["error"]) if note.is_file() else None
 
 
-def _run(composed: Composed) -> dict[str, Any] | None:
-    from reprune import dry_run
+def _checked(composed: Composed) -> RunPlan:
     from reprune.check import check
+
+    return CHECKED.pop(composed.key, None) or check(composed)
+
+
+def _run(plan: RunPlan) -> dict[str, Any]:
     from reprune.pipeline import run
 
-    plan = CHECKED.pop(composed.key, None) or check(composed)
-    if plan.config["dry_run"]:
-        dry_run.show(plan)
-        return None
     LOG.info("run     %s", plan.folder.path)
     try:
         result = run(plan)

@@ -49,6 +49,10 @@ def run(plan: RunPlan, after_commit: OnCommit = lambda windows: None) -> dict[st
             LOG.info("%s is finished: nothing to do", folder.path)
             result: dict[str, Any] = read_json(folder.path / "result.json")
             return result
+        for left in folder.path.rglob(".*.part"):
+            # What a killed writer left of one file.
+            if left.is_file():
+                left.unlink()
         try:
             if folder.finished and not RunState(folder.state).windows_done():
                 raise RunError(
@@ -132,9 +136,10 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
             _export(plan, model, masks)
         result = result_of(plan, rows, meter, overlap)
         tracker.finish(_summary(result), [{"block": row["block"], **block_metrics(row)} for row in rows])
-    if not folder.finished:
-        folder.mark("finished")
-    write_json(folder.path / "result.json", result)
+        if not folder.finished:
+            folder.mark("finished")
+        # Before a mirror is closed, which may wait for a network.
+        write_json(folder.path / "result.json", result)
     return result
 
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import hydra
 
-from reprune import help
+from reprune import dry_run, help
 from reprune.compose import command_of, compose_run, prepare
+from reprune.compose_errors import check_launcher
 from reprune.exit_codes import FAILED, exit_codes
 from reprune.job import CHECKED, job
 from reprune.rules import check_rules, left_out
-from reprune.tracking.progress import quiet_libraries
+from reprune.tracking.progress import LOG, quiet_libraries
 
 if TYPE_CHECKING:
     from reprune.sweep import Sweep
@@ -58,6 +59,10 @@ def launch(config_folder: Path, sweep: Sweep | None) -> None:
     if sweep is None:
         enter()
         return
+    if sweep.dry:
+        for plan in sweep.plans:
+            dry_run.show(plan)
+        return
     broken = False
     try:
         with sweep.under_way():
@@ -66,7 +71,8 @@ def launch(config_folder: Path, sweep: Sweep | None) -> None:
         # Jobs raise nothing in a sweep, so this is the launcher's: a process that died, a cluster that is gone.
         traceback.print_exc()
         broken = True
-    if (not sweep.dry and sweep.show_failures()) or broken:
+        LOG.error("the launcher gave up; what a queue has may go on all the same: reprune-report status")
+    if sweep.show_failures() or broken:
         raise SystemExit(FAILED)
 
 
@@ -85,7 +91,9 @@ def check_all(arguments: list[str]) -> Sweep | None:
     from reprune.sweep import Sweep
 
     quiet_libraries()
-    plans = [check(one) for one in wanted]
+    if multirun:
+        check_launcher(composed[0].launcher)
+    plans = [check(one, here=not (multirun and one.sweep["elsewhere"])) for one in wanted]
     CHECKED.update({plan.composed.key: plan for plan in plans})
     return Sweep.of(plans, len(composed) - len(wanted)) if multirun else None
 

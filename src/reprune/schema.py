@@ -26,6 +26,7 @@ class SweepConfig:
     max_hours: float | None = None
     jobs: int = 2
     own_process: bool = True
+    elsewhere: bool = False
     skip: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def seed_for(seed: int, *purpose: object) -> int:
@@ -15,6 +17,9 @@ def seed_for(seed: int, *purpose: object) -> int:
 
 def generator(seed: int, *purpose: object) -> torch.Generator:
     """A CPU generator of its own for (seed, purpose)."""
+    # Only here: reports draw seeds and need no torch, which takes seconds to import.
+    import torch
+
     made = torch.Generator()
     made.manual_seed(seed_for(seed, *purpose))
     return made

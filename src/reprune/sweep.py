@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from rich.table import Table
 from reprune.attempts import counter_of
 from reprune.check import RunPlan
 from reprune.errors import ConfigError, require_positive
-from reprune.files import read_json, sha256_of_json, write_json
-from reprune.job import done_of, note_of, noted
+from reprune.files import is_held, read_json, sha256_of_json, write_json
+from reprune.job import done_of, note_of, noted, place_of
 from reprune.pipeline import nothing_left
+from reprune.run_folder import RunFolder
 from reprune.shapes import existing
 from reprune.tracking.progress import CONSOLE
 from reprune.waiting import under_way
@@ -56,7 +57,7 @@ class Sweep:
     @cached_property
     def to_do(self) -> list[RunPlan]:
         """What is not finished when the sweep begins."""
-        return [plan for plan in self.plans if not nothing_left(plan)]
+        return [plan for plan in self.plans if not _done(plan)]
 
     def announce(self) -> None:
         """Say what the sweep comes to. ConfigError where that is more than it may be without `sweep.confirm=true`."""
@@ -101,6 +102,8 @@ class Sweep:
             found.append(f"{len(self.to_do)} runs (sweep.max_runs={caps['max_runs']})")
         if caps["max_hours"] is not None and hours > caps["max_hours"]:
             found.append(f"{hours:.2g} h (sweep.max_hours={caps['max_hours']:g})")
+        elif caps["max_hours"] is not None and None in self._seconds:
+            found.append(f"hours that nothing tells (sweep.max_hours={caps['max_hours']:g})")
         if self._disk > self._free:
             found.append("more disk than is free")
         return found
@@ -139,16 +142,21 @@ class Sweep:
         """While its jobs are launched: every point is tried anew, and whoever asks sees which of them wait."""
         waiting = {plan.composed.key for plan in self.to_do}
         for plan in self.plans:
-            for place in (note_of, counter_of, done_of):
-                place(plan.composed).unlink(missing_ok=True)
+            counter = counter_of(plan.composed)
+            for place in (note_of(plan.composed), done_of(plan.composed), counter):
+                # What another sweep is at is counted there.
+                if not is_held(counter.with_suffix(".lock")):
+                    place.unlink(missing_ok=True)
             if plan.composed.key not in waiting:
                 write_json(done_of(plan.composed), {"run": plan.folder.id})
-        with under_way(self.plans[0].composed.sweep_folder, [plan.folder.id for plan in self.to_do]):
+        with under_way(
+            self.plans[0].composed.sweep_folder, {plan.composed.key: plan.folder.id for plan in self.to_do}
+        ):
             yield
 
     def show_failures(self) -> int:
         """Print a table of the runs that are not finished, and why; how many they are."""
-        missing = [plan for plan in self.plans if not nothing_left(plan)]
+        missing = [_placed(plan) for plan in self.plans if not _done(plan)]
         if not missing:
             return 0
         table = Table(
@@ -169,6 +177,21 @@ class Sweep:
         CONSOLE.print(table, highlight=False, markup=False, soft_wrap=False)
         CONSOLE.print("The same command again runs only these.", highlight=False)
         return len(missing)
+
+
+def _placed(plan: RunPlan) -> RunPlan:
+    """The plan as it was done: a machine with another device makes another run of the same point."""
+    place = place_of(plan.composed)
+    if plan.folder.facts() or not place.is_file():
+        return plan
+    told = read_json(place)
+    if told["alike"] != plan.alike:
+        return plan
+    return replace(plan, folder=RunFolder(plan.folder.path.parent / told["run"]))
+
+
+def _done(plan: RunPlan) -> bool:
+    return nothing_left(_placed(plan))
 
 
 def _alike(identity: Mapping[str, Any], choices: Mapping[str, str]) -> tuple[str, str, str]:

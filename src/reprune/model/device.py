@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,15 +100,15 @@ def release_memory() -> None:
 
 
 def plan_device(
-    device: str, dtype: str, checkpoint_dtype: torch.dtype | None, threads: int | None
+    device: str, dtype: str, checkpoint_dtype: torch.dtype | None, threads: int | None, *, here: bool = True
 ) -> DevicePlan:
     """Resolve `device=auto|cpu|cuda|cuda:N|mps` and `dtype=auto|float32|bfloat16|float16`.
 
     auto takes the first CUDA device, else the CPU; float32 on a CPU, the checkpoint's dtype elsewhere.
-    Raises ConfigError for a device or dtype that is unknown or not there.
+    Raises ConfigError for a device or dtype that is unknown or, where the plan is for `here`, not there.
     """
     require_positive(threads=threads)
-    chosen = _device(device)
+    chosen = _device(device, here)
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(
             "dtype",
@@ -125,7 +126,7 @@ def plan_device(
     return DevicePlan(chosen, resolved, threads or DEFAULT_THREADS)
 
 
-def _device(device: str) -> torch.device:
+def _device(device: str, here: bool) -> torch.device:
     there = ["cpu"]
     there += (
         ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
@@ -135,6 +136,8 @@ def _device(device: str) -> torch.device:
     there += ["mps"] if torch.backends.mps.is_available() else []
     if device == "auto":
         return torch.device("cuda:0" if "cuda" in there else "cpu")
+    if not here and re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        return torch.device(device)
     if device not in there:
         known = device.split(":")[0] in {"cpu", "cuda", "mps"}
         raise ConfigError(

@@ -99,7 +99,7 @@ def _show(frame: pd.DataFrame, given: argparse.Namespace, out: Path, claims: Seq
     places_of = {"run folders": ", ".join(map(str, places)), "page": str(out / "report.html")}
     if len(table):
         places_of |= {
-            "tables": f"{out / 'arms.csv'}, summary.csv|md|tex, gap.csv, correlations.csv, runs.parquet",
+            "tables": f"{out / 'arms.csv'}, summary.csv|md|tex, gap.csv, fitting.csv, correlations.csv, runs.parquet",
             "plots": f"{out}/*.png, *.pdf",
         }
     left_out = [f"{plot.name} ({plot.reason})" for plot in report.plots if plot.figure is None]

@@ -28,7 +28,7 @@ def gaps(frame: pd.DataFrame) -> pd.DataFrame:
         for column in finished
         if str(column).startswith("config/") and not str(column).startswith((*FREE, *IRRELEVANT))
     ]
-    calibration, probes = (_last(finished, role) for role in ("calibration", "probe"))
+    calibration, probes = (last_columns(finished, role) for role in ("calibration", "probe"))
     untouched = finished["choice/reconstruction"] == "none"
     about = pd.DataFrame(
         {
@@ -56,7 +56,7 @@ def gaps(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(COLUMNS))
 
 
-def _last(frame: pd.DataFrame, role: str) -> dict[str, str]:
+def last_columns(frame: pd.DataFrame, role: str) -> dict[str, str]:
     """The columns with the last block's error on texts of a role, by the text's name."""
     prefix = f"reconstruction/{role}/"
     columns = [str(c) for c in frame if str(c).startswith(prefix) and str(c).endswith("/last")]

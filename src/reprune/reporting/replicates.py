@@ -12,6 +12,9 @@ from reprune.errors import ConfigError, did_you_mean
 SET = ("config/calibration.set", "config/seed_data", "config/seed")
 """What makes another calibration set: its number, or the seed that draws it."""
 
+SOURCE = (*SET, "choice/calibration", "choice/model")
+"""What tells calibration sets of several sources and models apart."""
+
 REPLICATES = (*SET, "config/seed_training")
 """What runs of one arm may differ in."""
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from reprune.reporting.downstream import correlations
 from reprune.reporting.drawing import Plot, Runs, draw_all, save
+from reprune.reporting.fitting import fitting
 from reprune.reporting.gap import gaps
 from reprune.reporting.page import Section, write_page
 from reprune.reporting.published import beside_published
@@ -32,7 +33,7 @@ def write_report(
 ) -> Report:
     """Write every file of the report on `frame` (`results`) into `out`; `arms` is its `arm_table`.
 
-    runs.csv|parquet, and where a run is finished arms.csv, summary.csv|md|tex, blocks.csv, gap.csv, correlations.csv,
+    runs.csv|parquet, and where a run is finished arms.csv, summary.csv|md|tex, blocks.csv, gap.csv, fitting.csv, correlations.csv,
     verdicts.csv (with claims), published.csv|md|tex (where runs name a published table), a PNG and a PDF a plot,
     report.html. ConfigError where a run names a published table that is not there.
     """
@@ -49,7 +50,11 @@ def write_report(
         arms.to_csv(out / "arms.csv", index=False)
         summary = _write_summary(runs.frame, out)
         runs.blocks.to_csv(out / "blocks.csv", index=False)
-        found = {"gap": gaps(runs.frame), "correlations": correlations(runs.frame)}
+        found = {
+            "gap": gaps(runs.frame),
+            "fitting": fitting(runs.frame),
+            "correlations": correlations(runs.frame),
+        }
         verdicts = verdict_table(frame, claims)
         published = beside_published(runs.frame)
         if len(published):
@@ -65,6 +70,7 @@ def write_report(
             Section("published", "Published numbers beside ours", "Ours: mean over calibration sets; difference: ours − published.", published),
             Section("correlations", "Error and what the model can do", "Spearman's ρ of the last block's error and a metric; low and high hold 95 % of it over draws of calibration sets.", found["correlations"]),
             Section("gap", "Gap", "[held-out ÷ held-out of none] ÷ [calibration ÷ calibration of none], errors of the last block.", found["gap"]),
+            Section("fitting", "What fits the calibration text", "Changes of the last block's error against another technique on the same mask data, as shares, over calibration sets; flagged where the whole 95 % interval falls on the calibration text and rises on held-out text.", found["fitting"]),
             *tables,
         ]  # fmt: skip
         plots = list(draw_all(runs))

@@ -108,14 +108,3 @@ def verdict_table(frame: pd.DataFrame, claims: Sequence[Claim]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def fits_calibration(frame: pd.DataFrame, arm: Mapping[str, Any], against: Mapping[str, Any], calibration: str, held_out: str) -> bool:  # fmt: skip
-    """Whether `arm` fits the calibration text: against the other its calibration error falls and its held-out error rises.
-
-    Both by the rule of `judge`, so that noise is not flagged.
-    """
-    falls = Claim(name="falls", metric=calibration, arm=arm, against=against, side="below")
-    rises = Claim(name="rises", metric=held_out, arm=arm, against=against, side="above")
-    words = [judge(list(effects_of(frame, it)), it.side, 0.0).word for it in (falls, rises)]
-    return words == ["holds", "holds"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from reprune.tracking.jsonl import JsonlTracking
 
 LOG = logging.getLogger("reprune")
 CONNECT_SECONDS = 8
+FINISH_SECONDS = 120
 
 
 @dataclass(kw_only=True)
@@ -35,14 +36,15 @@ class WandbTracking:
                 yield jsonl
                 return
             run = self.open(info.id, info.group, {"reprune_id": info.id, **info.config}, info.folder)
+            both = _Both(jsonl, run)
             code = 1
             try:
-                run.define_metric("block/index")
-                run.define_metric("block/*", step_metric="block/index")
-                yield _Both(jsonl, run)
+                both.mirror(lambda: run.define_metric("block/index"))
+                both.mirror(lambda: run.define_metric("block/*", step_metric="block/index"))
+                yield both
                 code = 0
             finally:
-                run.finish(exit_code=code)
+                both.mirror(lambda: run.finish(exit_code=code))
 
     def open(
         self, name: str, group: str, config: Mapping[str, Any], folder: Path, *, job_type: str = "run"
@@ -60,7 +62,9 @@ class WandbTracking:
                 job_type=job_type,
                 config=dict(config),
                 dir=folder,
-                settings=wandb.Settings(silent=True, console="off", init_timeout=CONNECT_SECONDS),
+                settings=wandb.Settings(
+                    silent=True, console="off", init_timeout=CONNECT_SECONDS, finish_timeout=FINISH_SECONDS
+                ),
             )
 
         if self.mode == "online":
@@ -80,10 +84,24 @@ class _Both:
     def __init__(self, jsonl: Tracker, run: Any) -> None:
         self.jsonl = jsonl
         self.run = run
+        self.lost = False
+
+    def mirror(self, tell: Callable[[], object]) -> None:
+        """Tell W&B; once it is gone, say so and go on without it: the JSONL files have everything."""
+        import wandb
+
+        if self.lost:
+            return
+        try:
+            tell()
+        except (wandb.Error, OSError) as error:
+            self.lost = True
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            LOG.warning("W&B is gone (%s); the run goes on, its numbers are in metrics.jsonl", reason)
 
     def log(self, metrics: Mapping[str, float], *, step: Mapping[str, int]) -> None:
         self.jsonl.log(metrics, step=step)
-        self.run.log({**step, **metrics})
+        self.mirror(lambda: self.run.log({**step, **metrics}))
 
     def finish(self, summary: Mapping[str, Any], blocks: Sequence[Mapping[str, Any]]) -> None:
         import wandb
@@ -92,5 +110,5 @@ class _Both:
         if blocks:
             columns = list(blocks[0])
             rows = [[block.get(column) for column in columns] for block in blocks]
-            self.run.log({"blocks": wandb.Table(columns=columns, data=rows)})
-        self.run.summary.update(dict(summary))
+            self.mirror(lambda: self.run.log({"blocks": wandb.Table(columns=columns, data=rows)}))
+        self.mirror(lambda: self.run.summary.update(dict(summary)))
