@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 
 import reprune.check
 import reprune.compose
+import reprune.compose_errors
+import reprune.config_files
 import reprune.model.loading
 from helpers import TINY, overrides_for, perplexity_on, plan_of, write_documents
 from reprune import pipeline, run
@@ -178,7 +180,8 @@ def test_key_in_an_experiment_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (root / "experiments" / f"{name}.yaml").write_text(
             f"# @package _global_\nexperiment: {name}\n{body}\n"
         )
-    monkeypatch.setattr(reprune.compose, "config_root", lambda: root)
+    for module in (reprune.compose, reprune.compose_errors, reprune.config_files):
+        monkeypatch.setattr(module, "config_root", lambda: root)
     top = _refused(tmp_path, "experiments=top")
     assert top.key == "sparsty"
     assert "experiments/top.yaml" in _readable(top)

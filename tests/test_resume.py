@@ -28,7 +28,7 @@ from helpers import (
     wandb_records,
     write_documents,
 )
-from reprune import files, pipeline
+from reprune import files, pipeline, tensor_files
 from reprune.check import RunPlan
 from reprune.errors import RunError
 from reprune.run_folder import RunFolder
@@ -87,7 +87,8 @@ def _fault_at(number: int, fault: Callable[[], BaseException], lasting: bool = F
         real(path, content)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "write_atomically", write)
+        for module in (files, tensor_files):
+            patch.setattr(module, "write_atomically", write)
         yield names
 
 

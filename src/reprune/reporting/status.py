@@ -26,7 +26,7 @@ from reprune.waiting import waiting
 
 FREED = ("state", "activations")
 COLOURS = {"done": "green", "running": "cyan", "failed": "red", "killed": "red", "interrupted": "yellow"}
-ENDED = ("done", "failed", "killed", "interrupted", "not begun")
+ENDED = ("done", "failed", "killed", "interrupted")
 RUN = re.compile(rf"-[0-9a-f]{{{HASH_LENGTH}}}$")
 SECONDS = {"d": 86400, "h": 3600, "min": 60}
 
