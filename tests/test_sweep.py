@@ -165,9 +165,13 @@ def test_what_another_process_is_at_is_left_to_it(
     tmp_path: Path,
     main: Callable[..., int],
     begun: list[str],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Catches a twin that counts as a failure, or that is waited for or done twice."""
+    """Catches a twin that counts as a failure, is waited for without end, done twice, or told of again and again."""
+    monkeypatch.setattr(job, "HELD_PATIENCE_S", 0.3)
+    monkeypatch.setattr(job, "HELD_PAUSE_S", 0.1)
     assert main("pruner=wanda") == 0
     [folder] = (tmp_path / "out").glob("tiny-wanda-*")
     (folder / "result.json").unlink()
@@ -176,6 +180,9 @@ def test_what_another_process_is_at_is_left_to_it(
     assert begun == ["wanda-0", "magnitude-0"]
     told = capsys.readouterr().out
     assert "1 of 2 runs are not finished" in told
+    said = list({id(record): record.getMessage() for record in caplog.records}.values())
+    assert [line for line in said if line.startswith("failed ")] == []
+    assert len([line for line in said if line.startswith("left ")]) == 1
     assert "running" in told[told.index("1 of 2 runs") :]
 
 

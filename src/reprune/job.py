@@ -72,7 +72,7 @@ def run_and_note(composed: Composed) -> None:
             dry_run.show(plan)
             return
         write_json(place_of(composed), {"run": plan.folder.id, "alike": plan.alike})
-        _run_when_free(plan)
+        _run(plan, HELD_PATIENCE_S)
     except HeldError as error:
         # A twin in another sweep does it; whether it was done is looked at in the end.
         LOG.info("left    %s", error)
@@ -81,19 +81,6 @@ def run_and_note(composed: Composed) -> None:
     except Exception as error:
         LOG.exception("a defect, not a choice that went wrong:")
         write_json(note_of(composed), {"error": f"{type(error).__name__}: {error}"})
-
-
-def _run_when_free(plan: RunPlan) -> None:
-    """Who holds the folder may be a process that is dying, or a point that only evaluates differently: wait a little."""
-    until = time.monotonic() + HELD_PATIENCE_S
-    while True:
-        try:
-            _run(plan)
-            return
-        except HeldError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(HELD_PAUSE_S)
 
 
 def place_of(composed: Composed) -> Path:
@@ -123,14 +110,22 @@ def _checked(composed: Composed) -> RunPlan:
     return CHECKED.pop(composed.key, None) or check(composed)
 
 
-def _run(plan: RunPlan) -> dict[str, Any]:
+def _run(plan: RunPlan, patience_s: float = 0.0) -> dict[str, Any]:
+    """Who holds the folder may be a process that is dying, or a point that only evaluates differently: wait a little."""
     from reprune.pipeline import run
 
     LOG.info("run     %s", plan.folder.path)
-    try:
-        result = run(plan)
-    except (RunError, ConfigError) as error:
-        LOG.error("failed  %s: %s", plan.folder.path, error)
-        raise
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            result = run(plan)
+            break
+        except HeldError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(HELD_PAUSE_S)
+        except (RunError, ConfigError) as error:
+            LOG.error("failed  %s: %s", plan.folder.path, error)
+            raise
     LOG.info("done    %s", plan.folder.path / "result.json")
     return result
