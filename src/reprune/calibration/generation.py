@@ -16,7 +16,7 @@ from torch import Tensor
 from reprune import RESULTS_VERSION
 from reprune.cache import cached_folder
 from reprune.calibration.source import Cut, Document, TextContext, TextSource
-from reprune.calibration.splits import tokenizer_identity
+from reprune.calibration.tokenised import tokenizer_identity
 from reprune.errors import ConfigError, RunError, require_positive
 from reprune.model.loading import LoadedModel, adds_bos
 from reprune.seeding import generator

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from reprune.calibration.corpus import Corpus
 from reprune.errors import ConfigError, require_nonnegative, require_positive
 from reprune.model.loading import LoadedModel
 
@@ -25,17 +26,19 @@ class Document:
     """One document: a hash of its content, and its text or its token ids (int64 [length]).
 
     A window that is taken as it is may hold several documents: `positions` (int64 [length]) then begins anew at each.
+    `corpus` is the text it is a part of, whose token ids runs share.
     """
 
     id: str
     text: str | None = None
     tokens: Tensor | None = None
     positions: Tensor | None = None
+    corpus: Corpus | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
-    def of_text(text: str) -> Document:
-        """A document with a text."""
-        return Document(hashlib.sha256(text.encode()).hexdigest()[:16], text=text)
+    def of_text(text: str, corpus: Corpus | None = None) -> Document:
+        """A document with a text, by itself or of a corpus."""
+        return Document(hashlib.sha256(text.encode()).hexdigest()[:16], text=text, corpus=corpus)
 
     @staticmethod
     def of_tokens(tokens: Tensor) -> Document:

@@ -24,6 +24,7 @@ from reprune.calibration.overlap import (
     without,
 )
 from reprune.calibration.source import Document, Part
+from reprune.calibration.tokenised import token_ids, tokenizer_identity
 from reprune.model.assets import TEXTS
 
 SHARES: dict[Part, float] = {"calibration": 0.5, "validation": 0.1, "probe": 0.2, "evaluation": 0.2}
@@ -37,7 +38,7 @@ def split(corpus: Corpus) -> dict[Part, list[Document]]:
     filled = dict.fromkeys(SHARES, 0)
     for text in order:
         part = min(SHARES, key=lambda name: filled[name] / SHARES[name])
-        parts[part].append(Document.of_text(text))
+        parts[part].append(Document.of_text(text, corpus))
         filled[part] += len(text)
     return parts
 
@@ -52,12 +53,8 @@ def documents_of(corpus: Corpus, part: Part, tokenizer: Any, key: str) -> list[D
         return documents
     family = [builtin_corpus(name, key) for name in BUILTIN_FILES] if corpus.builtin else [corpus]
     held_out = _held_out_runs(tuple(family), _Tokens(tokenizer))
-    size = run_length(tokenizer)
-    return [
-        document
-        for document in documents
-        if not shares_any(runs_of(_Tokens(tokenizer).ids(document.text or ""), size), held_out)
-    ]
+    runs = _runs(corpus, _Tokens(tokenizer))
+    return [document for document in documents if not shares_any(runs[document.text or ""], held_out)]
 
 
 class _Tokens:
@@ -67,9 +64,6 @@ class _Tokens:
         self.tokenizer = tokenizer
         self.key = tokenizer_identity(tokenizer)
 
-    def ids(self, text: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
-
     def __hash__(self) -> int:
         return hash(self.key)
 
@@ -77,39 +71,30 @@ class _Tokens:
         return isinstance(other, _Tokens) and self.key == other.key
 
 
-_IDENTITIES: dict[int, tuple[Any, str]] = {}
-
-
-def tokenizer_identity(tokenizer: Any) -> str:
-    """Hash of a tokenizer's rules, or of its vocabulary where the rules cannot be read."""
-    known = _IDENTITIES.get(id(tokenizer))
-    if known is None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-        known = (tokenizer, hashlib.sha256(rules.encode()).hexdigest())
-        _IDENTITIES[id(tokenizer)] = known
-    return known[1]
+@lru_cache(maxsize=8)
+def _runs(corpus: Corpus, tokens: _Tokens) -> dict[str, Hashes]:
+    """The runs of every document, by its text."""
+    size = run_length(tokens.tokenizer)
+    ids = token_ids(corpus, tokens.tokenizer, specials=False)
+    return {text: runs_of(row.numpy(), size) for text, row in ids.items()}
 
 
 @lru_cache(maxsize=8)
 def _held_out_runs(family: tuple[Corpus, ...], tokens: _Tokens) -> Hashes:
-    size = run_length(tokens.tokenizer)
-    everything, held_out = [], []
+    everything: list[Hashes] = []
+    held_out: list[Hashes] = []
     for corpus in family:
+        runs = _runs(corpus, tokens)
+        everything += runs.values()
         for part, documents in split(corpus).items():
-            runs = [runs_of(tokens.ids(document.text or ""), size) for document in documents]
-            everything += runs
-            held_out += runs if part != "calibration" else []
+            held_out += [runs[document.text or ""] for document in documents if part != "calibration"]
     _, common = rare_and_common(everything)
     return without(distinct(np.concatenate(held_out)), common)
 
 
 @lru_cache(maxsize=8)
 def _common_runs(family: tuple[Corpus, ...], tokens: _Tokens) -> Hashes:
-    size = run_length(tokens.tokenizer)
-    _, common = rare_and_common(
-        [runs_of(tokens.ids(text), size) for corpus in family for text in corpus.documents]
-    )
+    _, common = rare_and_common([runs for corpus in family for runs in _runs(corpus, tokens).values()])
     return common
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from reprune.calibration.source import Bos, Document, Part, Role, TextContext, TextSet, TextSource
+from reprune.calibration.tokenised import token_ids
 from reprune.errors import ConfigError
 from reprune.files import sha256_of_json
 from reprune.model.likelihood import row_losses
@@ -146,6 +147,9 @@ def _positions(rows: Tensor, given: Sequence[Tensor | None]) -> Tensor | None:
 def _ids(document: Document, tokenizer: Any, bos: Bos) -> Tensor:
     if document.tokens is not None:
         return document.tokens
+    assert document.text is not None
+    if document.corpus is not None:
+        return token_ids(document.corpus, tokenizer, bos == "as_tokenised")[document.text]
     encoded = tokenizer(document.text, add_special_tokens=bos == "as_tokenised")["input_ids"]
     return torch.tensor(encoded, dtype=torch.long)
 

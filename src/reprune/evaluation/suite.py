@@ -14,7 +14,7 @@ import transformers
 from reprune import RESULTS_VERSION
 from reprune.cache import cache_root, cached_folder
 from reprune.calibration.source import TextSet
-from reprune.calibration.splits import tokenizer_identity
+from reprune.calibration.tokenised import tokenizer_identity
 from reprune.errors import ConfigError, RunError
 from reprune.evaluation.contract import Evaluator, OnProgress, Outcome, Task
 from reprune.files import read_json, sha256_of_json, write_json
