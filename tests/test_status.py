@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import threading
@@ -19,7 +20,7 @@ from reprune.compose import compose_run
 from reprune.errors import RunError
 from reprune.pipeline import run
 from reprune.reporting import cli
-from reprune.reporting.status import counts, duration, free, freeable_bytes, status_rows
+from reprune.reporting.status import counts, duration, free, freeable_bytes, show_status, status_rows
 from reprune.run_folder import RunFolder
 
 
@@ -63,6 +64,7 @@ def test_every_state_as_a_real_run_leaves_it(tmp_path: Path) -> None:
     waiting = tmp_path / "tiny-wanda-none-0123456789ab"
     waiting.mkdir()
     (waiting / ".lock").touch()
+    os.utime(waiting / ".lock", (0, 0))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / ".lock").touch()
     rows = {row["state"]: row for row in status_rows([tmp_path])}
@@ -76,6 +78,21 @@ def test_every_state_as_a_real_run_leaves_it(tmp_path: Path) -> None:
         assert 0 < row["seconds_left"] < 60
         assert time.time() - 120 < row["since_s"] < time.time()
     assert counts(list(rows.values())).count("1 ") == 5
+    with FileLock(waiting / ".lock"):
+        assert [row["state"] for row in status_rows([waiting])] == ["starting"]
+
+
+def test_watching_ends_where_nothing_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a watch that waits for ever on a folder that nobody holds."""
+    waiting = tmp_path / "tiny-wanda-none-0123456789ab"
+    waiting.mkdir()
+    (waiting / ".lock").touch()
+    os.utime(waiting / ".lock", (0, 0))
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it goes on"))
+    show_status([str(tmp_path), "--watch"])
+    assert "1 not begun" in capsys.readouterr().out
 
 
 def test_time_left_is_at_the_pace_of_this_attempt(tmp_path: Path) -> None:

@@ -190,10 +190,11 @@ def test_before_the_first_job(
     main: Callable[..., int], begun: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches duplicates run twice, skipped points that run, and an arithmetic that leaves one of them out."""
-    rule = "sweep.skip=[{pruner: wanda, seed: 1}, {pruner: [random, none], seed: 0}]"
+    rule = "sweep.skip=[{pruner: wanda, seed: 1}, {pruner: [random, none], seed: 0}, {pruner: sparsegpt}]"
     assert main("-m", "pruner=wanda,random", "seed=0,1,0", rule) == 0
     told = capsys.readouterr().out
     assert "2 runs: 0 finished, 2 to do; 1 duplicates, run once; 3 points skipped" in told
+    assert "no point falls under: pruner: sparsegpt" in told
     assert "unknown for 2 runs" in told
     assert "GiB a run" in told
     assert sorted(begun) == ["random-1", "wanda-0"]
@@ -244,6 +245,7 @@ def test_above_a_cap(
     [
         ("[{prunner: wanda}]", ("prunner", "did you mean 'pruner'")),
         ("[{reconstruction.epoch: 2}]", ("reconstruction.epoch", "no point has")),
+        ("[{pruner: wand}]", ("sweep.skip (pruner)", "did you mean 'wanda'")),
         ("[{}]", ("empty rule",)),
         ("[{pruner: wanda}, {seed: [0, 1], pruner: [magnitude, random]}]", ("skip every point", "3")),
     ],

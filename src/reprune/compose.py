@@ -99,6 +99,7 @@ def compose_run(overrides: Sequence[str]) -> Composed:
                 "mode": str(full.hydra.mode or ""),
                 "launcher": choices.get("hydra/launcher"),
                 "params": dict(full.hydra.sweeper.get("params") or {}),
+                "cluster": _cluster(full),
             }
             config = plain(full)
     except (HydraException, OmegaConfBaseException) as error:
@@ -109,6 +110,15 @@ def compose_run(overrides: Sequence[str]) -> Composed:
         GlobalHydra.instance().clear()
     check_composed(config, overrides)
     return Composed.of(config, choices, overrides, hydra)
+
+
+def _cluster(full: DictConfig) -> dict[str, Any] | None:
+    """Where the Ray cluster is that jobs go to, and what one of them asks of it; None where there is none to find."""
+    address = OmegaConf.select(full, "hydra.launcher.ray.init.address")
+    if address is None or address == "local":
+        return None
+    remote = full.hydra.launcher.ray.remote
+    return {"address": address, "num_gpus": remote.num_gpus or 0, "num_cpus": remote.num_cpus or 0}
 
 
 def plain(full: DictConfig) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -26,15 +25,6 @@ def check_composed(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
     _check_lists(overrides)
     _check_keys(config["export"], ExportConfig, "export.", overrides)
     _check_keys(config["sweep"], SweepConfig, "sweep.", overrides)
-
-
-def check_launcher(launcher: str) -> None:
-    """Refuse, with a ConfigError, a queue that is not on this machine."""
-    if launcher == "submitit_slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
-        raise ConfigError(
-            "launcher", "there is no Slurm on this machine: no sbatch and srun on the path", value="slurm",
-            accepted="slurm on a login node of a cluster", hint="launcher=laptop or launcher=box",
-        )  # fmt: skip
 
 
 def _check_keys(node: Any, schema: type, prefix: str, overrides: Sequence[str]) -> None:

@@ -21,8 +21,14 @@ def options_of(group: str) -> list[str]:
     """The names of a group's options; none for what is no group."""
     for base in (config_root() / "conf" / group, config_root() / group):
         if base.is_dir():
-            return sorted(path.stem for path in base.glob("*.yaml"))
+            # Files of W&B's lie below sweeps/ and are no options.
+            files = [path for path in base.rglob("*.yaml") if path.parent == base or _is_global(path)]
+            return sorted(path.relative_to(base).with_suffix("").as_posix() for path in files)
     return []
+
+
+def _is_global(path: Path) -> bool:
+    return path.read_text(encoding="utf-8").startswith("# @package _global_")
 
 
 def published_tables() -> dict[str, Path]:

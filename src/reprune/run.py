@@ -15,10 +15,10 @@ import hydra
 
 from reprune import dry_run, help
 from reprune.compose import command_of, compose_run, prepare
-from reprune.compose_errors import check_launcher
 from reprune.exit_codes import FAILED, exit_codes
 from reprune.job import CHECKED, job
-from reprune.rules import check_rules, left_out
+from reprune.queues import check_queue
+from reprune.rules import check_rules, idle_rules, left_out
 from reprune.tracking.progress import LOG, quiet_libraries
 
 if TYPE_CHECKING:
@@ -92,10 +92,10 @@ def check_all(arguments: list[str]) -> Sweep | None:
 
     quiet_libraries()
     if multirun:
-        check_launcher(composed[0].launcher)
+        check_queue(composed[0].launcher, composed[0].hydra["cluster"])
     plans = [check(one, here=not (multirun and one.sweep["elsewhere"])) for one in wanted]
     CHECKED.update({plan.composed.key: plan for plan in plans})
-    return Sweep.of(plans, len(composed) - len(wanted)) if multirun else None
+    return Sweep.of(plans, len(composed) - len(wanted), idle_rules(composed)) if multirun else None
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ class Sweep:
     plans: tuple[RunPlan, ...]
     num_duplicates: int
     num_skipped: int
+    idle_rules: tuple[str, ...] = ()
 
     @staticmethod
-    def of(plans: Sequence[RunPlan], num_skipped: int) -> Sweep:
+    def of(plans: Sequence[RunPlan], num_skipped: int, idle_rules: Sequence[str] = ()) -> Sweep:
         """Tell duplicates apart: the same run, evaluated and exported in the same way.
 
         ConfigError where every point was skipped.
@@ -47,7 +48,7 @@ class Sweep:
         for plan in plans:
             suite = sorted(entry.hash for entry in plan.suite)
             single.setdefault((plan.folder.path, *suite, *plan.config["export"].items()), plan)
-        return Sweep(tuple(single.values()), len(plans) - len(single), num_skipped)
+        return Sweep(tuple(single.values()), len(plans) - len(single), num_skipped, tuple(idle_rules))
 
     @property
     def dry(self) -> bool:
@@ -81,6 +82,8 @@ class Sweep:
         parts += [f"{self.num_duplicates} duplicates, run once"] if self.num_duplicates else []
         parts += [f"{self.num_skipped} points skipped by sweep.skip"] if self.num_skipped else []
         lines = {"sweep": "; ".join(parts)}
+        if self.idle_rules:
+            lines["unused"] = f"rules of sweep.skip that no point falls under: {'; '.join(self.idle_rules)}"
         if not self.to_do:
             return lines
         seconds = [run for run in self._seconds if run is not None]

@@ -17,6 +17,7 @@ from rich.prompt import Confirm
 from rich.table import Table
 
 from reprune.errors import ConfigError
+from reprune.files import is_held
 from reprune.reporting.comparisons import check_folders
 from reprune.reporting.data_tables import print_whole
 from reprune.reporting.frame import run_folders
@@ -26,8 +27,9 @@ from reprune.waiting import waiting
 
 FREED = ("state", "activations")
 COLOURS = {"done": "green", "running": "cyan", "failed": "red", "killed": "red", "interrupted": "yellow"}
-ENDED = ("done", "failed", "killed", "interrupted")
+ENDED = ("done", "failed", "killed", "interrupted", "not begun")
 RUN = re.compile(rf"-[0-9a-f]{{{HASH_LENGTH}}}$")
+STARTING_S = 60
 SECONDS = {"d": 86400, "h": 3600, "min": 60}
 
 
@@ -61,7 +63,8 @@ def show_status(arguments: list[str]) -> None:
 def status_rows(places: Sequence[Path], now_s: float | None = None) -> list[dict[str, Any]]:
     """A row a run folder: id, state, block, num_blocks, seconds_left, since_s (unix time), error.
 
-    `state` is done, running, failed, killed, interrupted, queued (a sweep that is under way comes to it) or not begun. `seconds_left` is for the blocks that are left, at
+    `state` is done, running, failed, killed, interrupted, queued (a sweep that is under way comes to it), starting (a
+    process took its folder and has written nothing yet) or not begun. `seconds_left` is for the blocks that are left, at
     the pace of those that this attempt did; None before the first of them and for runs that do not go on. What is not
     known is None.
     """
@@ -75,7 +78,14 @@ def status_rows(places: Sequence[Path], now_s: float | None = None) -> list[dict
     for path, row in rows:
         if row["state"] == "not begun" and path in queued:
             row["state"] = "queued"
+        elif row["state"] == "not begun" and _is_starting(path / ".lock", now_s):
+            row["state"] = "starting"
     return [row for _, row in rows]
+
+
+def _is_starting(lock: Path, now_s: float) -> bool:
+    """Whether a process holds it, or may be about to: it is made a moment before it is taken."""
+    return is_held(lock) or now_s - lock.stat().st_mtime < STARTING_S
 
 
 def _row(folder: RunFolder, now_s: float) -> dict[str, Any]:
