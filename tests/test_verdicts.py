@@ -13,8 +13,8 @@ from scipy.stats import t
 
 from reprune.errors import ConfigError
 from reprune.reporting.fitting import fitting
-from reprune.reporting.replicates import arms_of, summarise, value_by_set
-from reprune.reporting.verdicts import Claim, effects_of, judge, verdict_table
+from reprune.reporting.replicates import arms_of, chosen, summarise, value_by_set
+from reprune.reporting.verdicts import Claim, RankClaim, judge, verdict_table
 
 ERROR = "reconstruction/calibration/web/last"
 HELD = "reconstruction/probe/held_out/last"
@@ -83,9 +83,9 @@ def test_effects_are_paired_by_set_with_seeds_averaged_first() -> None:
             "none": {(0, 0): 4.0, (1, 0): 20.0, (2, 0): 7.0},
         }
     )
-    assert list(effects_of(frame, claim())) == [2.0 - 4.0, 5.0 - 20.0]
-    assert list(effects_of(frame, claim(measure="reduction"))) == [0.5, 0.75]
-    assert list(effects_of(frame, claim(measure="ratio"))) == [0.5, 0.25]
+    assert list(claim().effects(frame)) == [2.0 - 4.0, 5.0 - 20.0]
+    assert list(claim(measure="reduction").effects(frame)) == [0.5, 0.75]
+    assert list(claim(measure="ratio").effects(frame)) == [0.5, 0.25]
     [row] = verdict_table(frame, [claim(measure="reduction", side="above", threshold=0.5)]).to_dict("records")
     assert (row["sets"], row["effect"], row["verdict"], row["threshold"]) == (2, 0.625, "cannot say", "> 0.5")
 
@@ -102,7 +102,7 @@ def test_runs_of_several_arms_are_no_replicates() -> None:
     frame = runs({"br": {(0, 0): 1.0}, "none": {(0, 0): 2.0}}, **{"config/sparsity": 0.5})
     other = runs({"br": {(0, 0): 9.0}}, **{"config/sparsity": 0.7})
     with pytest.raises(ConfigError, match=r"(?s)several arms.*config/sparsity"):
-        effects_of(pd.concat([frame, other], ignore_index=True), claim())
+        claim().effects(pd.concat([frame, other], ignore_index=True))
     chosen = {"config/reconstruction.name": "br", "config/sparsity": 0.7}
     assert value_by_set(pd.concat([frame, other], ignore_index=True), chosen, ERROR).tolist() == [9.0]
 
@@ -122,6 +122,62 @@ def test_claims_about_nothing_are_told(given_: dict[str, Any], words: str) -> No
     frame = runs({"br": {(0, 0): 1.0}, "none": {(0, 0): 2.0}})
     with pytest.raises(ConfigError, match=words):
         verdict_table(frame, [claim(**given_)])
+
+
+def test_a_star_is_a_geometric_mean_over_texts() -> None:
+    """Catches texts of large numbers that rule the mean, a noise column taken for a text, and half a mean."""
+    frame = runs({"br": {(0, 0): 2.0}, "none": {(0, 0): 8.0}}, metric="eval/pruned/perplexity/web")
+    frame["eval/pruned/perplexity/wiki"] = [8.0, 50.0]
+    frame["eval/pruned/perplexity/web/std"] = 1000.0
+    frame["eval/pruned/perplexity_noise/web"] = 1000.0
+    asked = claim(metric="eval/pruned/perplexity/*", measure="ratio")
+    assert asked.effects(frame).tolist() == pytest.approx([4.0 / 20.0])
+    frame.loc[0, "eval/pruned/perplexity/wiki"] = np.nan
+    assert asked.effects(frame).empty
+
+
+def test_runs_are_chosen_by_lists_and_by_what_they_lack() -> None:
+    """Catches a list compared as a value, and None that matches nothing."""
+    frame = runs({name: {(0, 0): 1.0} for name in ("none", "br", "br_gp")})
+    frame["config/extra"] = [None, 8.0, 16.0]
+    name = "config/reconstruction.name"
+    assert chosen(frame, {name: ["none", "br"]})[name].tolist() == ["none", "br"]
+    assert chosen(frame, {"config/extra": None})[name].tolist() == ["none"]
+    assert chosen(frame, {"config/extra": [8, 16]})[name].tolist() == ["br", "br_gp"]
+
+
+def test_how_far_values_of_a_column_are_apart() -> None:
+    """Catches a spread that falls because the errors do, and sets in which one of the values is missing."""
+    near = runs(
+        {"br": {(0, 0): 1.0, (1, 0): 1.0}, "none": {(0, 0): 10.0, (1, 0): 10.0}}, **{"choice/pruner": "a"}
+    )
+    far = runs({"br": {(0, 0): 2.0, (1, 0): 3.0}, "none": {(0, 0): 80.0}}, **{"choice/pruner": "b"})
+    frame = pd.concat([near, far], ignore_index=True)
+    asked = claim(between="choice/pruner", measure="ratio")
+    assert asked.effects(frame).tolist() == pytest.approx([np.log(2) / np.log(8)])
+    assert claim(between="choice/pruner").effects(near).empty
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 6)), min_size=3, max_size=7))
+def test_ranks_are_held_against_another_computation(values: list[tuple[int, int, int]]) -> None:
+    """Catches ranks over sets instead of within them, and ties ranked by their order."""
+    table = pd.DataFrame(values, columns=["x", "y", "z"]).astype(float)
+    rows = [
+        {"state": "finished", "choice/reconstruction": f"t{arm}", "choice/pattern": "p", "choice/pruner": "p", "config/reconstruction.name": f"t{arm}",
+         "config/calibration.set": number, "x": row["x"], "y": row["y"] + 100 * number, "z": row["z"]}
+        for number in (0, 1) for arm, row in table.iterrows()
+    ]  # fmt: skip
+    asked = {"name": "it", "metric": "x", "ranks_as": "y", "among": {}, "side": "above"}
+    frame = pd.DataFrame(rows)
+    ranks = table.rank()
+    expected = {(a, b): ranks[a].corr(ranks[b]) for a, b in (("x", "y"), ("z", "y"))}
+    plain = RankClaim(**asked).effects(frame)
+    assert plain.tolist() == pytest.approx([r for r in [expected["x", "y"]] * 2 if not np.isnan(r)])
+    gain = expected["x", "y"] - expected["z", "y"]
+    rather = RankClaim(**asked, rather_than="z").effects(frame)
+    assert rather.tolist() == pytest.approx([g for g in [gain] * 2 if not np.isnan(g)])
+    [row] = verdict_table(frame, [RankClaim(**asked)]).to_dict("records")
+    assert (row["metric"], row["measure"]) == ("x ~ y", "rank correlation")
 
 
 def test_fit_to_the_calibration_text_is_flagged_only_beyond_noise() -> None:

@@ -23,6 +23,7 @@ from reprune.files import read_json, write_json
 from reprune.model.loading import load_model
 from reprune.model.sources import LocalModel
 from reprune.resources import StageMeter
+from reprune.result import result_of
 from reprune.run_folder import RunFolder
 from reprune.schema import RunConfig
 from reprune.tracking.progress import LOG, ProgressView
@@ -199,7 +200,7 @@ class EvaluatedRun:
             texts, _ = cut_all(plan.requests, plan.tokenizer, None, plan.seed_data)
             overlap = {**read_json(folder.path / "result.json")["overlap"], **plan.check_texts(texts)}
             meter = StageMeter(plan.device)
-            result = pipeline.result_of(plan, folder.blocks(), meter, overlap)
+            result = result_of(plan, folder.blocks(), meter, overlap)
             write_json(folder.path / "result.json", result)
 
     def results(self) -> list[Found]:

@@ -23,11 +23,12 @@ from reprune.engine.layers import PruningPlan
 from reprune.engine.loop import BlockLoop
 from reprune.engine.state import RunState
 from reprune.errors import ConfigError, RunError
-from reprune.evaluation.suite import dense_result, dense_scratch, evaluate_pruned, finished, metrics_of
+from reprune.evaluation.suite import dense_result, dense_scratch, evaluate_pruned, finished
 from reprune.files import read_json, write_json
 from reprune.model.loading import LoadedModel, load_model
-from reprune.records import block_metrics, measured_sparsity, reconstruction_metrics
+from reprune.records import block_metrics
 from reprune.resources import StageMeter
+from reprune.result import result_of, summary_of
 from reprune.run_folder import RunFolder, environment_of
 from reprune.tensor_files import write_tensors
 from reprune.tracking.contract import RunInfo, Tracker
@@ -71,7 +72,8 @@ def run(plan: RunPlan, after_commit: OnCommit = lambda windows: None) -> dict[st
                     first_block=first,
                     blocks_begun_s=None,
                 )
-                folder.write_setup(yaml.safe_dump(plan.config, sort_keys=False), environment_of(plan.device))
+                environment = {**environment_of(plan.device), "overrides": list(plan.composed.overrides)}
+                folder.write_setup(yaml.safe_dump(plan.config, sort_keys=False), environment)
             return _run(plan, after_commit)
         except KeyboardInterrupt:
             _mark_end(folder, "interrupted")
@@ -135,7 +137,7 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
         with meter.stage("export"):
             _export(plan, model, masks)
         result = result_of(plan, rows, meter, overlap)
-        tracker.finish(_summary(result), [{"block": row["block"], **block_metrics(row)} for row in rows])
+        tracker.finish(summary_of(result), [{"block": row["block"], **block_metrics(row)} for row in rows])
         if not folder.finished:
             folder.mark("finished")
         # Before a mirror is closed, which may wait for a network.
@@ -248,45 +250,6 @@ def _export(plan: RunPlan, model: LoadedModel, masks: Mapping[int, Mapping[str, 
         partial = path / ".model.part"
         model.save(partial)
         partial.rename(path / "model")
-
-
-def result_of(
-    plan: RunPlan,
-    rows: list[dict[str, Any]],
-    meter: StageMeter,
-    overlap: Mapping[str, float],
-) -> dict[str, Any]:
-    """What `result.json` holds: identity, measured sparsity, time, memory and every metric; `rows` are the blocks'."""
-    evaluated, failed = metrics_of(plan.folder.path, plan.suite)
-    earlier = read_json(plan.folder.path / "result.json") if plan.folder.finished else {}
-    result: dict[str, Any] = {
-        "id": plan.folder.id,
-        "status": "finished",
-        "config_hash": plan.folder.id.rsplit("-", 1)[1],
-        "identity": plan.identity,
-        "choices": plan.composed.choices,
-        "experiment": plan.config["experiment"],
-        "sparsity": measured_sparsity(rows, plan.shapes.num_prunable),
-        "seconds": {name: round(seconds, 3) for name, seconds in meter.seconds.items()},
-        "peak_memory_bytes": meter.peak_bytes,
-        "overlap": dict(overlap),
-        "suite": [entry.hash for entry in plan.suite],
-        "metrics": {**evaluated, **reconstruction_metrics(rows)},
-    }
-    if earlier:
-        # The time and memory of a run are those of its pruning, not of an evaluation added later.
-        result |= {name: earlier[name] for name in ("seconds", "peak_memory_bytes")}
-    if meter.device_peak_bytes:
-        result["peak_device_memory_bytes"] = meter.device_peak_bytes
-    if failed:
-        result["failed_evaluations"] = failed
-    return result
-
-
-def _summary(result: Mapping[str, Any]) -> dict[str, Any]:
-    seconds = {f"seconds/{stage}": value for stage, value in result["seconds"].items()}
-    memory = {f"peak_memory_bytes/{stage}": value for stage, value in result["peak_memory_bytes"].items()}
-    return {**result["metrics"], "sparsity/total": result["sparsity"]["total"], **seconds, **memory}
 
 
 def _explained(error: Exception, plan: RunPlan) -> RunError:

@@ -1,4 +1,4 @@
-"""What a run comes to: the flat metrics, the measured sparsity, result.json."""
+"""What blocks and a run come to, in numbers: the flat metrics and the measured sparsity."""
 
 from __future__ import annotations
 

@@ -11,20 +11,19 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from reprune.errors import ConfigError
 from reprune.exit_codes import exit_codes
 from reprune.reporting.comparisons import (
-    check_folders,
     claims_in,
+    frame_of,
+    show_collect,
     show_differences,
     show_pairs,
     show_verdicts,
 )
-from reprune.reporting.frame import results
 from reprune.reporting.report import write_report
 from reprune.reporting.status import clean, show_status
 from reprune.reporting.tables import arm_table, rich_table
-from reprune.reporting.verdicts import Claim
+from reprune.reporting.verdicts import AnyClaim
 from reprune.reporting.wandb_run import MODES, log_report
 from reprune.tracking.progress import CONSOLE
 
@@ -35,6 +34,7 @@ COMMANDS = {
     "paired": show_pairs,
     "diff": show_differences,
     "verdicts": show_verdicts,
+    "collect": show_collect,
     "status": show_status,
     "clean": clean,
 }
@@ -54,10 +54,14 @@ def _report(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="reprune-report",
         description="Tables and plots of finished runs.",
-        epilog="others: reprune-report paired RUN RUN | diff RUN RUN | verdicts DIR --claims FILE | status DIR [--watch] | clean DIR (each has --help)",
+        epilog="others: reprune-report paired RUN RUN | diff RUN RUN | verdicts DIR --claims FILE | collect DIR --csv FILE | status DIR [--watch] | clean DIR (each has --help)",
     )
     parser.add_argument(
-        "places", nargs="+", type=Path, metavar="DIR", help="run folders, or folders that hold some"
+        "places",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="run folders, folders that hold some, or files of `collect`",
     )
     parser.add_argument("--out", type=Path, help="where the files go (default: DIR/report)")
     parser.add_argument("--svg", type=Path, help="also save the printed table as a picture")
@@ -69,16 +73,14 @@ def _report(arguments: list[str]) -> None:
         help="also log tables and figures to a W&B run (default: offline)",
     )  # fmt: skip
     given = parser.parse_args(arguments)
-    check_folders(given.places)
     claims = claims_in(given.claims) if given.claims else []
-    frame = results(*given.places)
-    if frame.empty:
-        places = ", ".join(map(str, given.places))
-        raise ConfigError("", f"no run folders below {places}", hint="run `reprune` first")
-    _show(frame, given, given.out or given.places[0] / "report", claims)
+    frame = frame_of(given.places)
+    first = given.places[0]
+    out = first.with_name(f"{first.stem}_report") if first.is_file() else first / "report"
+    _show(frame, given, given.out or out, claims)
 
 
-def _show(frame: pd.DataFrame, given: argparse.Namespace, out: Path, claims: Sequence[Claim]) -> None:
+def _show(frame: pd.DataFrame, given: argparse.Namespace, out: Path, claims: Sequence[AnyClaim]) -> None:
     table = arm_table(frame)
     places: list[Path] = given.places
     report = write_report(frame, table, out, places, claims)

@@ -14,9 +14,9 @@ from rich.table import Table
 from reprune.build import build
 from reprune.errors import ConfigError
 from reprune.reporting.data_tables import print_whole
-from reprune.reporting.frame import results
+from reprune.reporting.frame import collect, results
 from reprune.reporting.paired import paired, paired_texts
-from reprune.reporting.verdicts import Claim, verdict_table
+from reprune.reporting.verdicts import AnyClaim, Claim, RankClaim, verdict_table
 from reprune.tracking.progress import CONSOLE
 
 TEXT_COLUMNS = ("task", "filter", "claim", "metric", "measure", "threshold", "verdict", "what")
@@ -27,6 +27,40 @@ def check_folders(places: Sequence[Path]) -> None:
     missing = [str(place) for place in places if not place.is_dir()]
     if missing:
         raise ConfigError("", f"no such folder: {', '.join(missing)}")
+
+
+def check_places(places: Sequence[Path]) -> None:
+    """ConfigError for a folder or file that is not there."""
+    missing = [str(place) for place in places if not place.exists()]
+    if missing:
+        raise ConfigError("", f"no such folder or file: {', '.join(missing)}")
+
+
+def show_collect(arguments: list[str]) -> None:
+    """`collect DIR… --csv FILE`: the runs as one file that reports read as they read folders."""
+    parser = argparse.ArgumentParser(
+        prog="reprune-report collect",
+        description="Write finished runs, a row each with its command, config and metrics, to a file to keep and to share: "
+        "it names no place of this machine, and reprune-report reads it in place of the folders.",
+    )
+    parser.add_argument("places", nargs="+", type=Path, metavar="DIR", help="run folders, or such files")
+    parser.add_argument("--csv", type=Path, required=True, metavar="FILE")
+    given = parser.parse_args(arguments)
+    frame = frame_of(given.places)
+    finished = int((frame["state"] == "finished").sum())
+    if not finished:
+        raise ConfigError("", "no run is finished", value=", ".join(sorted(set(frame["state"]))))
+    collect(frame, given.csv)
+    CONSOLE.print(f"table   {given.csv}, {finished} runs", highlight=False, markup=False)
+
+
+def frame_of(places: Sequence[Path]) -> pd.DataFrame:
+    """The runs of folders and files. ConfigError where there are none."""
+    check_places(places)
+    frame = results(*places)
+    if frame.empty:
+        raise ConfigError("", f"no run folders below {', '.join(map(str, places))}", hint="run `reprune` first")  # fmt: skip
+    return frame
 
 
 def show_pairs(arguments: list[str]) -> None:
@@ -114,22 +148,24 @@ def show_verdicts(arguments: list[str]) -> None:
         prog="reprune-report verdicts",
         description="What runs say of claims: paired by calibration set, 95 % t interval against a threshold.",
     )
-    parser.add_argument("places", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument(
+        "places", nargs="+", type=Path, metavar="DIR", help="run folders, or files of `collect`"
+    )
     parser.add_argument("--claims", type=Path, required=True, metavar="FILE", help="a YAML list of claims")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table")
     given = parser.parse_args(arguments)
-    check_folders(given.places)
     claims = claims_in(given.claims)
-    frame = results(*given.places)
-    if frame.empty:
-        raise ConfigError("", f"no run folders below {', '.join(map(str, given.places))}", hint="run `reprune` first")  # fmt: skip
+    frame = frame_of(given.places)
     table = verdict_table(frame, claims)
     _print(table)
     _write(table, given.csv)
 
 
-def claims_in(file: Path) -> list[Claim]:
-    """The claims of a YAML file: a list of mappings with Claim's fields. ConfigError for what is none."""
+def claims_in(file: Path) -> list[AnyClaim]:
+    """The claims of a YAML file: a list of mappings with the fields of Claim or, with `ranks_as`, of RankClaim.
+
+    ConfigError for what is none.
+    """
     if not file.is_file():
         raise ConfigError("--claims", "no such file", value=file, accepted="a YAML list of claims")
     try:
@@ -138,8 +174,11 @@ def claims_in(file: Path) -> list[Claim]:
         raise ConfigError("--claims", f"cannot be read: {str(error).splitlines()[0]}", value=file) from error
     if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
         raise ConfigError("--claims", "is not a list of claims", value=file, accepted="- name: …, metric: …, arm: …, against: …, side: above|below")  # fmt: skip
-    target = f"{Claim.__module__}.{Claim.__qualname__}"
-    return [build({"_target_": target, **item}, f"claims.{number}") for number, item in enumerate(content)]
+    kinds = [RankClaim if "ranks_as" in item else Claim for item in content]
+    return [
+        build({"_target_": f"{kind.__module__}.{kind.__qualname__}", **item}, f"claims.{number}")
+        for number, (kind, item) in enumerate(zip(kinds, content, strict=True))
+    ]
 
 
 def _print(frame: pd.DataFrame) -> None:

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 
-from reprune.files import read_json
+from reprune.errors import ConfigError
+from reprune.files import read_json, write_atomically
 from reprune.run_folder import RunFolder
+
+KEPT = "a file that `reprune-report collect` wrote"
+ELSEWHERE = ("output_dir=", "tracking", "launcher=", "hydra.", "sweep.", "wandb.")
+PLACES = (
+    "folder",
+    "label",
+    "config/output_dir",
+    "config/calibration.path",
+    "config/pruner.path",
+    "config/model.path",
+)
 
 # libyaml's loader is ten times as fast, and not in every build of PyYAML.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -29,13 +42,24 @@ def run_folders(*places: Path) -> list[RunFolder]:
 
 def results(*places: Path | str) -> pd.DataFrame:
     """A row a run: id, state, config as `config/KEY`, choices as `choice/GROUP`, metrics, sparsity, seconds, memory,
-    and how many sequences it reconstructed on.
+    how many sequences it reconstructed on, and its command. A place is a folder, or a file that `collect` wrote.
 
     Metrics have their own names; lists of the config are JSON.
     Units are in the names; what a run does not have is missing, never zero.
     """
-    frame = pd.DataFrame([_row(folder) for folder in run_folders(*map(Path, places))])
-    if "label" in frame:
+    given = [Path(place) for place in places]
+    kept = [read_frame(place) for place in given if place.is_file()]
+    rows = [_row(folder) for folder in run_folders(*(place for place in given if not place.is_file()))]
+    frame = pd.DataFrame(rows)
+    if kept:
+        # A file does not tell None from NaN, so that here nothing does.
+        frame = pd.concat(
+            [*kept, frame.astype(object).where(frame.notna()).infer_objects()], ignore_index=True
+        )
+    if "choice/reconstruction" in frame:
+        frame["label"] = frame["choice/reconstruction"]
+        if "choice/arm" in frame:
+            frame["label"] = frame["choice/arm"].where(frame["choice/arm"].notna(), frame["label"])
         # Runs of one technique are told apart by their pruner and pattern; then by the beginning of their hash.
         for column in ("choice/pruner", "choice/pattern"):
             if frame[column].nunique() > 1:
@@ -53,7 +77,7 @@ def _row(folder: RunFolder) -> dict[str, Any]:
         return row
     result = read_json(folder.path / "result.json")
     choices = {group: option for group, option in result["choices"].items() if not group.startswith("hydra/")}
-    row["label"] = choices.get("arm") or choices.get("reconstruction")
+    row["command"] = _command(read_json(folder.path / "environment.json").get("overrides", []))
     row |= {"experiment": result["experiment"], "config_hash": result["config_hash"]}
     row |= {f"choice/{group}": option or None for group, option in choices.items()}
     row |= result["metrics"]
@@ -69,6 +93,35 @@ def _row(folder: RunFolder) -> dict[str, Any]:
     return row
 
 
+def _command(overrides: Sequence[str]) -> str | None:
+    """What makes the run again, without what says where it goes and how it is launched; None for runs that do not say."""
+    own = [item for item in overrides if not item.lstrip("+~").startswith(ELSEWHERE)]
+    return shlex.join(["reprune", *own]) if overrides else None
+
+
+def collect(frame: pd.DataFrame, file: Path) -> None:
+    """Write the finished runs of `results` as a CSV file that `results` reads: without places on this machine.
+
+    Columns that are empty in all rows are left out.
+    """
+    finished = frame[frame["state"] == "finished"].sort_values(["experiment", "command", "config_hash"])
+    kept = finished.drop(columns=[name for name in PLACES if name in finished]).dropna(axis=1, how="all")
+    write_atomically(file, lambda temporary: kept.to_csv(temporary, index=False))
+
+
+def read_frame(file: Path) -> pd.DataFrame:
+    """What `collect` wrote. ConfigError for another file."""
+    try:
+        frame = pd.read_csv(file, low_memory=False, keep_default_na=False, na_values=[""])
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ConfigError("", f"cannot be read: {error}", value=file, accepted=KEPT) from error
+    missing = [name for name in ("id", "state", "config_hash") if name not in frame]
+    if missing:
+        raise ConfigError("", f"has no column {', '.join(missing)}", value=file, accepted=KEPT)
+    # A file and a machine have no folders in common.
+    return frame.assign(folder=None)
+
+
 def _leaves(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of a nested config by its dotted key."""
     for key, value in node.items():
@@ -79,11 +132,12 @@ def _leaves(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
 
 
 def block_records(frame: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
-    """The rows of blocks.jsonl of every finished run in `results`, by run id."""
+    """The rows of blocks.jsonl of every finished run in `results` whose folder is there, by run id."""
     finished = frame[frame["state"] == "finished"]
     return {
         run["id"]: RunFolder(Path(run["folder"])).blocks()
         for run in finished[["id", "folder"]].to_dict("records")
+        if isinstance(run["folder"], str)
     }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from reprune.errors import ConfigError, did_you_mean
@@ -44,27 +46,56 @@ def arms_of(frame: pd.DataFrame) -> list[str]:
 
 
 def value_by_set(frame: pd.DataFrame, arm: Mapping[str, Any], metric: str) -> pd.Series:
-    """A metric of the runs in which every column of `arm` has its value, by calibration set; mean over what else is a seed.
+    """A metric (see `metric_of`) of the runs that `chosen` gives for `arm`, by calibration set; mean over what else is a seed.
 
     ConfigError for a column that is not there, and for runs of one set that differ in more than a seed.
     """
-    chosen = frame
-    for column, value in arm.items():
-        if column not in frame:
-            raise ConfigError(
-                "claims", "no run has this column", value=column, hint=did_you_mean(column, map(str, frame.columns))
-            )  # fmt: skip
-        chosen = chosen[chosen[column] == value]
-    differ = arms_of(chosen)
+    runs = chosen(frame, arm)
+    differ = arms_of(runs)
     if differ:
         raise ConfigError(
             "claims", "these runs are several arms, so that they are no replicates", value=dict(arm),
             accepted=f"one value for {', '.join(differ)}",
         )  # fmt: skip
-    keys = [column for column in SET if column in chosen]
-    if not keys or chosen.empty:
+    keys = [column for column in SET if column in runs]
+    if not keys or runs.empty:
         return pd.Series(dtype=float)
-    return chosen.groupby(keys, dropna=False)[metric].mean()
+    return metric_of(runs, metric).groupby([runs[key] for key in keys], dropna=False).mean()
+
+
+def chosen(frame: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:
+    """The runs in which every column has its value, one of a list of values, or for None no value.
+
+    ConfigError for a column that is not there.
+    """
+    found = frame
+    for column, value in wanted.items():
+        if column not in frame:
+            raise ConfigError(
+                "claims", "no run has this column", value=column, hint=did_you_mean(column, map(str, frame.columns))
+            )  # fmt: skip
+        if value is None:
+            found = found[found[column].isna()]
+        else:
+            found = found[found[column].isin(value if isinstance(value, list) else [value])]
+    return found
+
+
+def metric_of(frame: pd.DataFrame, name: str) -> pd.Series:
+    """A column of numbers; for a name with `*`, the geometric mean of all columns it stands for (`*` is no slash).
+
+    A run that lacks one of them has no mean. ConfigError where no run has such a column.
+    """
+    pattern = re.compile(re.escape(name).replace(r"\*", "[^/]+"))
+    columns = [column for column in frame if pattern.fullmatch(str(column))]
+    if not columns:
+        raise ConfigError(
+            "claims", "no run has this metric", value=name, hint=did_you_mean(name, map(str, frame.columns))
+        )
+    values = frame[columns].astype(float)
+    if len(columns) == 1:
+        return values[columns[0]]
+    return values.apply(np.log).mean(axis=1, skipna=False).apply(np.exp)
 
 
 def summarise(frame: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:

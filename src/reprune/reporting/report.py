@@ -15,7 +15,7 @@ from reprune.reporting.gap import gaps
 from reprune.reporting.page import Section, write_page
 from reprune.reporting.published import beside_published
 from reprune.reporting.replicates import arm_names, arms_of, summarise
-from reprune.reporting.verdicts import Claim, verdict_table
+from reprune.reporting.verdicts import AnyClaim, verdict_table
 
 FAMILIES = ("eval/pruned/", "reconstruction/", "reconstruction_relative/")
 
@@ -29,7 +29,7 @@ class Report:
 
 
 def write_report(
-    frame: pd.DataFrame, arms: pd.DataFrame, out: Path, places: Sequence[Path], claims: Sequence[Claim]
+    frame: pd.DataFrame, arms: pd.DataFrame, out: Path, places: Sequence[Path], claims: Sequence[AnyClaim]
 ) -> Report:
     """Write every file of the report on `frame` (`results`) into `out`; `arms` is its `arm_table`.
 

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 from scipy.stats import ttest_1samp
 
-from reprune.errors import ConfigError, did_you_mean
-from reprune.reporting.replicates import value_by_set
+from reprune.reporting.replicates import SET, arm_names, chosen, metric_of, value_by_set
 
 LEVEL = 0.95
+FEWEST_ARMS = 3
+Side = Literal["above", "below"]
 Measure = Literal["difference", "reduction", "ratio"]
 Word = Literal["holds", "does not hold", "cannot say"]
 
@@ -22,7 +24,9 @@ class Claim:
     """One arm against another on one metric: `effect` lies above or below `threshold`.
 
     `arm` and `against` say which runs, as columns of the frame and their values. Per calibration set, with a and b the
-    metric of `arm` and `against`: `difference` is a − b, `reduction` 1 − a/b, `ratio` a/b.
+    metric of `arm` and `against`: `difference` is a − b, `reduction` 1 − a/b, `ratio` a/b. With `between`, a column, a and
+    b are ln(largest ÷ smallest) of the metric between the values of that column, e.g. how far pruners are apart.
+    A metric with `*` is a geometric mean: see `replicates.metric_of`.
     """
 
     name: str
@@ -30,8 +34,74 @@ class Claim:
     arm: Mapping[str, Any]
     against: Mapping[str, Any]
     measure: Measure = "difference"
-    side: Literal["above", "below"]
+    between: str | None = None
+    side: Side
     threshold: float = 0.0
+
+    def effects(self, frame: pd.DataFrame) -> pd.Series:
+        """The effect by calibration set, of the sets that both arms have; seeds of one set are averaged first.
+
+        ConfigError for a metric or a column that no run has.
+        """
+        first, second = (self._values(frame, arm) for arm in (self.arm, self.against))
+        pairs = pd.concat([first.rename("a"), second.rename("b")], axis=1, join="inner").dropna()
+        if self.measure == "difference":
+            return pairs["a"] - pairs["b"]
+        ratio = pairs["a"] / pairs["b"]
+        return 1 - ratio if self.measure == "reduction" else ratio
+
+    def _values(self, frame: pd.DataFrame, arm: Mapping[str, Any]) -> pd.Series:
+        if self.between is None:
+            return value_by_set(frame, arm, self.metric)
+        kinds = chosen(frame, arm)[self.between].dropna().unique()
+        each = [value_by_set(frame, {**arm, self.between: kind}, self.metric) for kind in kinds]
+        if len(each) < 2:
+            return pd.Series(dtype=float)
+        values = pd.concat(each, axis=1, join="inner").dropna()
+        return (values.max(axis=1) / values.min(axis=1)).apply(np.log)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankClaim:
+    """One metric ranks runs as another does: Spearman's ρ over the arms of a calibration set, above or below `threshold`.
+
+    `among` says which runs are ranked, as columns and values. With `rather_than`, another metric, the effect is by how
+    much ρ of `metric` is larger than ρ of that one.
+    """
+
+    name: str
+    metric: str
+    ranks_as: str
+    among: Mapping[str, Any]
+    rather_than: str | None = None
+    side: Side
+    threshold: float = 0.0
+
+    @property
+    def measure(self) -> str:
+        """What the effect is, in words."""
+        return "rank correlation" if self.rather_than is None else "difference of rank correlations"
+
+    def effects(self, frame: pd.DataFrame) -> pd.Series:
+        """The effect by calibration set, of the sets with three arms or more; seeds of one set are averaged first.
+
+        ConfigError for a metric or a column that no run has.
+        """
+        runs = chosen(frame, self.among)
+        names = [name for name in (self.metric, self.ranks_as, self.rather_than) if name is not None]
+        values = pd.DataFrame({name: metric_of(runs, name) for name in names}).dropna()
+        keys = [column for column in SET if column in runs]
+        arms = arm_names(runs).loc[values.index]
+        found = {}
+        for number, group in values.groupby([runs.loc[values.index, key] for key in keys], dropna=False):
+            each = group.groupby(arms.loc[group.index]).mean()
+            if len(each) >= FEWEST_ARMS:
+                rho = each.corr(method="spearman")[self.ranks_as]
+                found[number] = rho[self.metric] - (rho[self.rather_than] if self.rather_than else 0.0)
+        return pd.Series(found, dtype=float).dropna()
+
+
+AnyClaim = Claim | RankClaim
 
 
 @dataclass(frozen=True)
@@ -45,7 +115,7 @@ class Verdict:
     word: Word
 
 
-def judge(effects: Sequence[float], side: Literal["above", "below"], threshold: float) -> Verdict:
+def judge(effects: Sequence[float], side: Side, threshold: float) -> Verdict:
     """The verdict on paired effects, one a calibration set.
 
     Student's t interval of their mean. The claim holds where the whole interval lies on its side of the threshold, does
@@ -70,34 +140,16 @@ def judge(effects: Sequence[float], side: Literal["above", "below"], threshold: 
     return Verdict(mean, low, high, count, word)
 
 
-def effects_of(frame: pd.DataFrame, claim: Claim) -> pd.Series:
-    """The claim's effect by calibration set, of the sets that both arms have; seeds of one set are averaged first.
-
-    ConfigError for a metric or a column that no run has.
-    """
-    if claim.metric not in frame:
-        raise ConfigError(
-            "claims", f"'{claim.name}' is about a metric that no run has", value=claim.metric,
-            hint=did_you_mean(claim.metric, map(str, frame.columns)),
-        )  # fmt: skip
-    first, second = (value_by_set(frame, arm, claim.metric) for arm in (claim.arm, claim.against))
-    pairs = pd.concat([first.rename("a"), second.rename("b")], axis=1, join="inner").dropna()
-    if claim.measure == "difference":
-        return pairs["a"] - pairs["b"]
-    ratio = pairs["a"] / pairs["b"]
-    return 1 - ratio if claim.measure == "reduction" else ratio
-
-
-def verdict_table(frame: pd.DataFrame, claims: Sequence[Claim]) -> pd.DataFrame:
+def verdict_table(frame: pd.DataFrame, claims: Sequence[AnyClaim]) -> pd.DataFrame:
     """A row a claim: claim, metric, effect, low, high, sets, threshold, verdict; of the finished runs of `frame`."""
     finished = frame[frame["state"] == "finished"]
     rows = []
     for claim in claims:
-        found = judge(list(effects_of(finished, claim)), claim.side, claim.threshold)
+        found = judge(list(claim.effects(finished)), claim.side, claim.threshold)
         rows.append(
             {
                 "claim": claim.name,
-                "metric": claim.metric,
+                "metric": " ~ ".join(filter(None, [claim.metric, getattr(claim, "ranks_as", None)])),
                 "measure": claim.measure,
                 "effect": found.effect,
                 "low": found.low,

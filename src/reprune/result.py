@@ -1,0 +1,52 @@
+"""What a run comes to: `result.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from reprune.check import RunPlan
+from reprune.evaluation.suite import metrics_of
+from reprune.files import read_json
+from reprune.records import measured_sparsity, reconstruction_metrics
+from reprune.resources import StageMeter
+
+
+def result_of(
+    plan: RunPlan,
+    rows: list[dict[str, Any]],
+    meter: StageMeter,
+    overlap: Mapping[str, float],
+) -> dict[str, Any]:
+    """What `result.json` holds: identity, measured sparsity, time, memory and every metric; `rows` are the blocks'."""
+    evaluated, failed = metrics_of(plan.folder.path, plan.suite)
+    earlier = read_json(plan.folder.path / "result.json") if plan.folder.finished else {}
+    result: dict[str, Any] = {
+        "id": plan.folder.id,
+        "status": "finished",
+        "config_hash": plan.folder.id.rsplit("-", 1)[1],
+        "identity": plan.identity,
+        "choices": plan.composed.choices,
+        "experiment": plan.config["experiment"],
+        "sparsity": measured_sparsity(rows, plan.shapes.num_prunable),
+        "seconds": {name: round(seconds, 3) for name, seconds in meter.seconds.items()},
+        "peak_memory_bytes": meter.peak_bytes,
+        "overlap": dict(overlap),
+        "suite": [entry.hash for entry in plan.suite],
+        "metrics": {**evaluated, **reconstruction_metrics(rows)},
+    }
+    if earlier:
+        # The time and memory of a run are those of its pruning, not of an evaluation added later.
+        result |= {name: earlier[name] for name in ("seconds", "peak_memory_bytes")}
+    if meter.device_peak_bytes:
+        result["peak_device_memory_bytes"] = meter.device_peak_bytes
+    if failed:
+        result["failed_evaluations"] = failed
+    return result
+
+
+def summary_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a result, with sparsity, time and memory, as a tracker shows them for the whole run."""
+    seconds = {f"seconds/{stage}": value for stage, value in result["seconds"].items()}
+    memory = {f"peak_memory_bytes/{stage}": value for stage, value in result["peak_memory_bytes"].items()}
+    return {**result["metrics"], "sparsity/total": result["sparsity"]["total"], **seconds, **memory}
