@@ -17,8 +17,9 @@ from helpers import overrides_for
 from reprune.build import build
 from reprune.check import check
 from reprune.compose import compose_run, jobs_of
-from reprune.config_files import config_root
+from reprune.config_files import config_root, options_of
 from reprune.errors import ConfigError
+from reprune.reporting.comparisons import claims_in
 from reprune.rules import left_out
 from reprune.schema import RunConfig
 from reprune.sweep import Sweep
@@ -30,16 +31,10 @@ GLOBAL = ("experiments", "arm", "sweeps", "launcher")
 OPTIONS = [
     (path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name not in GLOBAL
 ]
-EXPERIMENTS = [
-    str(path.relative_to(ROOT / "experiments").with_suffix(""))
-    for path in sorted((ROOT / "experiments").rglob("*.yaml"))
-]
+EXPERIMENTS = options_of("experiments")
 ARMS = sorted(path.stem for path in (CONF / "arm").glob("*.yaml"))
-SWEEPS = sorted(
-    str(path.relative_to(ROOT / "sweeps").with_suffix(""))
-    for path in (ROOT / "sweeps").rglob("*.yaml")
-    if "wandb" not in path.parts
-)
+SWEEPS = options_of("sweeps")
+CLAIMS = sorted((ROOT / "experiments").rglob("claims*.yaml"))
 VALUES = {
     ("model", "local", "path"): "a_folder",
     ("calibration", "tokens", "path"): "tokens.safetensors",
@@ -158,6 +153,21 @@ def test_source_serves_every_place(option: str) -> None:
     config = compose_run([*(f"{place}={option}" for place in places), *given]).config
     nodes = [config["reconstruction_data"], config["probes"]["wiki"], config["validation"]["mine"]]
     assert len({type(build(node, "text")) for node in nodes}) == 1
+
+
+def test_nothing_is_left_out() -> None:
+    """Catches a file that is neither an option nor a list of claims, and that no test looks at."""
+    experiments = {path.relative_to(ROOT / "experiments") for path in (ROOT / "experiments").rglob("*.yaml")}
+    listed = {Path(f"{name}.yaml") for name in EXPERIMENTS}
+    assert experiments == listed | {path.relative_to(ROOT / "experiments") for path in CLAIMS}
+    assert {"reconstruction_grid", "granularity"} <= set(SWEEPS)
+
+
+@pytest.mark.parametrize("path", CLAIMS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_claims_are_claims(path: Path) -> None:
+    """Catches a claim with a field that there is none of, and two of one name."""
+    claims = claims_in(path)
+    assert len({claim.name for claim in claims}) == len(claims) > 0
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

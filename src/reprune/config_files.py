@@ -19,12 +19,23 @@ def config_root() -> Path:
 
 def options_of(group: str) -> list[str]:
     """The names of a group's options; none for what is no group."""
+    return list(option_files(group))
+
+
+def option_files(group: str) -> dict[str, Path]:
+    """By name, the files of a group's options, in its folder and below: there only deltas on the whole config.
+
+    W&B's own files and lists of claims lie there too, and are no options.
+    """
     for base in (config_root() / "conf" / group, config_root() / group):
         if base.is_dir():
-            # Files of W&B's lie below sweeps/ and are no options.
-            files = [path for path in base.rglob("*.yaml") if path.parent == base or _is_global(path)]
-            return sorted(path.relative_to(base).with_suffix("").as_posix() for path in files)
-    return []
+            files = {path.relative_to(base).with_suffix("").as_posix(): path for path in base.rglob("*.yaml")}
+            return {
+                name: files[name]
+                for name in sorted(files)
+                if files[name].parent == base or _is_global(files[name])
+            }
+    return {}
 
 
 def _is_global(path: Path) -> bool:
@@ -48,9 +59,15 @@ def check_published(name: str | None) -> None:
 
 def files_with(key: str, overrides: Sequence[str] | None = None) -> str:
     """' (in FILE)' for an experiment or arm file that sets the dotted key, else nothing; of those `overrides` name."""
-    for folder in ("experiments", "conf/arm", "sweeps"):
-        for path in sorted((config_root() / folder).rglob("*.yaml")):
-            if overrides is not None and not any(path.stem in item for item in overrides):
+    for group in ("experiments", "arm", "sweeps"):
+        named = {
+            name
+            for item in overrides or ()
+            for name in item.lstrip("+").removeprefix(f"{group}=").split(",")
+            if item.lstrip("+").startswith(f"{group}=")
+        }
+        for name, path in option_files(group).items():
+            if overrides is not None and name not in named:
                 continue
             node: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
             for part in key.split("."):

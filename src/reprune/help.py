@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from reprune.config_files import config_root
+from reprune.config_files import option_files
 from reprune.tracking.progress import CONSOLE
 
 GROUPS = {
@@ -50,13 +50,7 @@ EXAMPLES = (
 
 def options(group: str) -> dict[str, str]:
     """The options of a group with their one line, which is the first comment of the YAML."""
-    found: dict[str, str] = {}
-    for base in (config_root() / "conf" / group, config_root() / group):
-        for path in sorted(base.rglob("*.yaml")) if base.is_dir() else []:
-            # sweeps/wandb holds W&B's own files, which are no options of ours.
-            if path.parent.name != "wandb":
-                found[str(path.relative_to(base).with_suffix(""))] = _first_comment(path)
-    return found
+    return {name: _first_comment(path) for name, path in option_files(group).items()}
 
 
 def _first_comment(path: Path) -> str:
