@@ -111,7 +111,7 @@ def test_a_file_and_a_folder_are_one_frame(
     assert len(frame) == 5
     assert set(arm_names(frame)) == {"none", "br"}
     again = tmp_path / "again.csv"
-    _report(monkeypatch, "collect", kept, tmp_path / "more", "--csv", again)
+    _report(monkeypatch, "collect", kept, tmp_path / "more", kept, "--csv", again)
     assert len(reprune.results(again)) == 5
 
 

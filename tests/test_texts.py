@@ -295,6 +295,14 @@ def test_mixture_shares_by_largest_remainder(weights: list[float], total: int) -
     assert all(source.length == 8 for source in mixture.resolve().values())
 
 
+def test_a_part_of_a_mixture_can_be_left_out() -> None:
+    """Catches a preset's part that an experiment cannot be rid of."""
+    mixture = Mixture(parts={"a": Vocabulary(num_sequences=3), "b": None})
+    assert list(mixture.resolve()) == ["a"]
+    with pytest.raises(ConfigError, match="at least one part"):
+        Mixture(parts={"a": None})
+
+
 def test_mixture_without_weights_keeps_the_counts() -> None:
     """Catches parts whose own counts are lost."""
     mixture = Mixture(

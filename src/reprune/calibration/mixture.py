@@ -15,7 +15,7 @@ from reprune.errors import ConfigError, require_nonnegative, require_positive
 class Mixture:
     """`parts` are sources, each with its own count; or `num_sequences` is shared out by `weights`.
 
-    `length`, `bos`, `split` and `set` hold for every part when they are set.
+    A part that is null is left out. `length`, `bos`, `split` and `set` hold for every part when they are set.
     """
 
     parts: Mapping[str, Any]
@@ -28,6 +28,7 @@ class Mixture:
 
     def __post_init__(self) -> None:
         require_positive(num_sequences=self.num_sequences, length=self.length)
+        self.parts = {name: part for name, part in self.parts.items() if part is not None}
         if not self.parts:
             raise ConfigError("parts", "a mixture needs at least one part")
         nested = [

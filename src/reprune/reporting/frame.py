@@ -53,9 +53,10 @@ def results(*places: Path | str) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     if kept:
         # A file does not tell None from NaN, so that here nothing does.
-        frame = pd.concat(
-            [*kept, frame.astype(object).where(frame.notna()).infer_objects()], ignore_index=True
-        )
+        own = frame.astype(object).where(frame.notna()).infer_objects()
+        frame = pd.concat([*kept, own], ignore_index=True)
+        # A run that is in a file and in a folder is one run.
+        frame = frame.drop_duplicates("id", keep="last").reset_index(drop=True)
     if "choice/reconstruction" in frame:
         frame["label"] = frame["choice/reconstruction"]
         if "choice/arm" in frame:
