@@ -203,6 +203,16 @@ def test_fit_to_the_calibration_text_is_flagged_only_beyond_noise() -> None:
     assert told([4.0, 2.1, 3.9, 2.2])["verdict"] == "cannot say"
 
 
+def test_sets_of_a_mixtures_parts_make_no_arm() -> None:
+    """Catches replicates that fall apart because each has other text of the same kind beside it."""
+    frame = runs({"br": {(0, 0): 1.0, (1, 0): 2.0}})
+    frame["config/reconstruction_data.parts.other.set"] = [5, 6]
+    frame["config/reconstruction_data.parts.other.num_sequences"] = [8, 8]
+    assert arms_of(frame) == []
+    frame["config/reconstruction_data.parts.other.num_sequences"] = [8, 16]
+    assert arms_of(frame) == ["config/reconstruction_data.parts.other.num_sequences"]
+
+
 def test_summary_is_over_sets() -> None:
     """Catches a spread over all runs, a spread of one, and columns that make no other arm."""
     frame = runs({"br": {(0, 0): 1.0, (0, 1): 3.0, (1, 0): 4.0}, "none": {(0, 0): 7.0}})

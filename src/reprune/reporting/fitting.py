@@ -35,7 +35,7 @@ def fitting(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     if len(finished):
         config = [c for c in map(str, finished) if c.startswith("config/")]
-        shared = [c for c in config if not c.startswith((*FREE, *IRRELEVANT)) and c not in REPLICATES]
+        shared = [c for c in config if not c.startswith((*FREE, *IRRELEVANT)) and not REPLICATES.fullmatch(c)]
         alike = pd.Series(["\0".join(map(str, row)) for row in finished[shared].to_numpy()], finished.index)
         names = arm_names(finished)
         for _, runs in finished.groupby(alike, sort=False):

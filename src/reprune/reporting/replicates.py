@@ -17,8 +17,11 @@ SET = ("config/calibration.set", "config/seed_data", "config/seed")
 SOURCE = (*SET, "choice/calibration", "choice/model")
 """What tells calibration sets of several sources and models apart."""
 
-REPLICATES = (*SET, "config/seed_training")
-"""What runs of one arm may differ in."""
+REPLICATES = re.compile(
+    "|".join(map(re.escape, (*SET, "config/seed_training")))
+    + r"|config/(calibration|reconstruction_data)\..*\.set"
+)
+"""What runs of one arm may differ in: also which sets the parts of a mixture are."""
 
 IRRELEVANT = (
     "config/output_dir",
@@ -39,7 +42,7 @@ def arms_of(frame: pd.DataFrame) -> list[str]:
         column
         for column in frame.columns
         if str(column).startswith("config/")
-        and column not in REPLICATES
+        and not REPLICATES.fullmatch(str(column))
         and not str(column).startswith(IRRELEVANT)
         and frame[column].astype(str).nunique(dropna=False) > 1
     ]
