@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 import reprune
 from helpers import run_tiny
 from reprune.reporting import cli
-from reprune.reporting.replicates import arm_names, summarise
+from reprune.reporting.frame import collect
+from reprune.reporting.replicates import arm_names, chosen, summarise
 
 CLAIM = """
 - name: reconstruction lowers the error on its own text
@@ -113,6 +116,55 @@ def test_a_file_and_a_folder_are_one_frame(
     again = tmp_path / "again.csv"
     _report(monkeypatch, "collect", kept, tmp_path / "more", kept, "--csv", again)
     assert len(reprune.results(again)) == 5
+
+
+def test_a_run_in_two_places_is_one_run(runs: Path, kept: Path, tmp_path: Path) -> None:
+    """Catches a copy that counts twice, and a record that an attempt without an end wipes out."""
+    shutil.copytree(runs, tmp_path / "copy")
+    assert len(reprune.results(runs, tmp_path / "copy")) == 4
+    for folder in (tmp_path / "copy").glob("*/"):
+        (folder / "result.json").unlink()
+    whole = reprune.results(kept)
+    for places in ((kept, tmp_path / "copy"), (tmp_path / "copy", runs)):
+        frame = reprune.results(*places).set_index("id").loc[whole["id"]].reset_index()
+        assert set(frame["state"]) == {"finished"}
+        metrics = _metrics(whole)
+        pd.testing.assert_frame_equal(frame[metrics], whole[metrics], check_dtype=False)
+
+
+def test_paths_are_hidden_and_told_apart(runs: Path, tmp_path: Path) -> None:
+    """Catches places in configs and commands, and two masks that become one arm for want of their paths."""
+    frame = reprune.results(runs)
+    place = [str(tmp_path / name / "masks.safetensors") for name in ("a", "b", "a", "b")]
+    frame["config/pruner.path"] = place
+    frame["config/texts"] = [json.dumps([one, "web"]) for one in place]
+    frame["command"] = [f"reprune pruner=mask 'pruner.path={one} and more' --x=/etc/y z=a/b" for one in place]
+    collect(frame, tmp_path / "kept.csv")
+    text = (tmp_path / "kept.csv").read_text(encoding="utf-8")
+    assert str(tmp_path) not in text
+    assert "/etc" not in text
+    assert "z=a/b" in text
+    back = reprune.results(tmp_path / "kept.csv")
+    assert back["config/pruner.path"].nunique() == back["config/texts"].nunique() == 2
+    assert back["config/pruner.path"].str.startswith("masks.safetensors#").all()
+
+
+def test_what_no_run_has_can_be_asked_for(runs: Path, tmp_path: Path) -> None:
+    """Catches a claim on `null` that the folders answer and the file does not, and runs of before commands were kept."""
+    frame = reprune.results(runs).assign(command=None)
+    assert frame["config/sparsity"].isna().all()
+    collect(frame, tmp_path / "kept.csv")
+    back = reprune.results(tmp_path / "kept.csv")
+    assert len(chosen(back, {"config/sparsity": None})) == 4
+    collect(back, tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "kept.csv").read_bytes()
+
+
+def test_the_seed_that_counts_is_in_the_frame(tmp_path: Path) -> None:
+    """Catches `seed_data=null`, which stands for `seed`, taken for a draw of its own."""
+    run_tiny(tmp_path, "seed=3", "seed_training=5")
+    [row] = reprune.results(tmp_path).to_dict("records")
+    assert (row["config/seed_data"], row["config/seed_training"]) == (3, 5)
 
 
 @pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "\0\1\2"])

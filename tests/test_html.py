@@ -8,8 +8,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.image import imread
 
 import reprune
 from helpers import SWEEP_SETS, copied_run, run_tiny
@@ -48,7 +50,7 @@ def test_page_holds_tables_plots_verdicts_and_what_is_not_finished(
     assert "br_gp helps" in page
     assert f"{2 * SWEEP_SETS - 1} finished, 1 not finished" in page
     assert unfinished.name in page
-    assert page.count("<svg") == 7
+    assert page.count("<svg") == 8
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#|data:)""", page.replace("xlink:href", "href"))
     assert "url(http" not in page
     printed = capsys.readouterr().out
@@ -90,12 +92,17 @@ def made_page(folder: Path) -> Path:
 
 
 def dom_of(page: Path, folder: Path) -> str:
-    """The page as the browser ends up with; the browser's own calls home end at a closed port."""
+    """The page as the browser ends up with."""
+    return browse(page, folder, "--dump-dom")
+
+
+def browse(page: Path, folder: Path, *what: str) -> str:
+    """Open the page in a headless browser, whose own calls home end at a closed port; what it prints."""
     assert BROWSER is not None
     told = subprocess.run(
         [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
          "--disable-component-update", "--disable-sync", "--disable-default-apps", f"--user-data-dir={folder}/profile",
-         "--proxy-server=127.0.0.1:9", "--proxy-bypass-list=<-loopback>", "--virtual-time-budget=3000", "--dump-dom",
+         "--proxy-server=127.0.0.1:9", "--proxy-bypass-list=<-loopback>", "--virtual-time-budget=3000", *what,
          page.as_uri()],
         capture_output=True, text=True, timeout=90, check=True,
     )  # fmt: skip
@@ -146,3 +153,21 @@ def test_no_request_leaves_the_page(sweep: Path, tmp_path: Path, monkeypatch: py
     leak = tmp_path / "leak.html"
     leak.write_text(f"<title></title><img src='http://example.org/pixel.png'>{script}")
     assert "<title>asked http://example.org/pixel.png</title>" in dom_of(leak, tmp_path)
+
+
+@needs_browser
+def test_page_is_light_and_dark(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a page that is white at night, and plots whose axes are ink on ink."""
+    report(monkeypatch, sweep, "--out", tmp_path)
+    for dark in (False, True):
+        picture = tmp_path / f"{'dark' if dark else 'light'}.png"
+        browse(
+            tmp_path / "report.html", tmp_path, f"--blink-settings=preferredColorScheme={int(not dark)}",
+            f"--screenshot={picture}", "--window-size=1000,3000",
+        )  # fmt: skip
+        pixels = imread(picture)[..., :3].mean(axis=-1)
+        ground = np.median(pixels)
+        assert ground < 0.2 if dark else ground > 0.9
+        # Text, axes and curves: enough of the page stands off from its ground, plots in the lower half included.
+        for half in np.array_split(pixels, 2):
+            assert (abs(half - ground) > 0.5).mean() > 0.005

@@ -17,7 +17,7 @@ import pytest
 import reprune
 from helpers import overrides_for
 from launching import ended, finished, frame, launch, running, wait_for_the_end_of, wait_until
-from reprune import run
+from reprune import machine, run
 from reprune.files import read_json
 from reprune.reporting.status import status_rows
 
@@ -115,12 +115,27 @@ def test_ray_cluster_that_loses_a_node(
 def test_box(tmp_path: Path) -> None:
     """Catches jobs that get no cores, or all of them, and more at a time than was asked for."""
     pytest.importorskip("ray")
-    code, said = ended(launch(tmp_path / "out", "launcher=box", "sweep.jobs=1", "pruner=wanda,none"))
+    threads = machine.cpus_a_job(1)
+    code, said = ended(
+        launch(tmp_path / "out", "launcher=box", "sweep.jobs=1", "threads=null", "pruner=wanda,none")
+    )
     assert code == 0, said
     assert list(reprune.results(tmp_path / "out")["state"]) == ["finished"] * 2
     told = [read_json(path) for path in (tmp_path / "out").glob("*/status.json")]
     spans = sorted((facts["begun_s"], facts["unix_time_s"]) for facts in told)
     assert spans[0][1] <= spans[1][0], "one at a time"
+    environments = [read_json(path) for path in (tmp_path / "out").glob("*/environment.json")]
+    assert [environment["threads"] for environment in environments] == [threads] * 2
+
+
+def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches jobs that get all cores or none, more jobs than GPUs, and cores of GPUs that are not there."""
+    monkeypatch.setattr(machine, "cpus", lambda: 16)
+    for gpus, jobs, each in ((0, 2, 8), (0, 5, 3), (4, 2, 4), (8, 1, 2), (0, 99, 1)):
+        monkeypatch.setattr(machine, "_gpus", lambda gpus=gpus: gpus)
+        assert machine.cpus_a_job(jobs) == each
+        assert machine.cpus_of_all(jobs) == each * (gpus or jobs)
+        assert machine.gpus_a_job() == (1 if gpus else 0)
 
 
 @pytest.fixture

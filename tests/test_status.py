@@ -18,6 +18,7 @@ from helpers import overrides_for, plan_of, run_tiny, state_bytes
 from reprune.check import check
 from reprune.compose import compose_run
 from reprune.errors import RunError
+from reprune.files import write_json
 from reprune.pipeline import run
 from reprune.reporting import cli
 from reprune.reporting.status import counts, duration, free, freeable_bytes, show_status, status_rows
@@ -80,6 +81,21 @@ def test_every_state_as_a_real_run_leaves_it(tmp_path: Path) -> None:
     assert counts(list(rows.values())).count("1 ") == 5
     with FileLock(waiting / ".lock"):
         assert [row["state"] for row in status_rows([waiting])] == ["starting"]
+
+
+def test_failures_before_there_is_a_folder_are_shown(tmp_path: Path) -> None:
+    """Catches a point that a machine refused, which vanishes when its sweep ends, and one that is shown twice."""
+    sweep = tmp_path / "out" / ".multirun"
+    for key in ("a" * 64, "b" * 64):
+        write_json(sweep / "failed" / f"{key}.json", {"error": "no such file"})
+    plan, _ = run_tiny(tmp_path / "out")
+    write_json(sweep / "runs" / f"{'b' * 64}.json", {"run": plan.folder.id, "alike": "x"})
+    rows = {row["id"]: row for row in status_rows([tmp_path])}
+    assert {name: row["state"] for name, row in rows.items()} == {
+        plan.folder.id: "done",
+        f"point {'a' * 12}": "failed",
+    }
+    assert rows[f"point {'a' * 12}"]["error"] == "no such file"
 
 
 def test_watching_ends_where_nothing_goes_on(

@@ -14,7 +14,8 @@ from scipy.stats import t
 from reprune.errors import ConfigError
 from reprune.reporting.fitting import fitting
 from reprune.reporting.replicates import arms_of, chosen, summarise, value_by_set
-from reprune.reporting.verdicts import Claim, RankClaim, judge, verdict_table
+from reprune.reporting.verdict_plot import verdict_plot
+from reprune.reporting.verdicts import Claim, RankClaim, judge, unmatched, verdict_table
 
 ERROR = "reconstruction/calibration/web/last"
 HELD = "reconstruction/probe/held_out/last"
@@ -29,7 +30,7 @@ def runs(values: dict[str, dict[tuple[int, int], float]], metric: str = ERROR, *
             "config/reconstruction.name": name,
             "config/calibration.set": number,
             "config/seed": 0,
-            "config/seed_data": None,
+            "config/seed_data": 0,
             "config/seed_training": seed,
             "config/output_dir": f"out{number}",
             metric: value,
@@ -156,6 +157,39 @@ def test_how_far_values_of_a_column_are_apart() -> None:
     asked = claim(between="choice/pruner", measure="ratio")
     assert asked.effects(frame).tolist() == pytest.approx([np.log(2) / np.log(8)])
     assert claim(between="choice/pruner").effects(near).empty
+    with pytest.raises(ConfigError, match="did you mean 'choice/pruner'"):
+        claim(between="choice/prunner").effects(frame)
+    third = runs({"none": {(0, 0): 800.0}}, **{"choice/pruner": "c"})
+    assert asked.effects(pd.concat([frame, third], ignore_index=True)).empty, "no spread of two against three"
+
+
+def test_sets_that_lack_an_arm_are_not_ranked() -> None:
+    """Catches a set in the middle of a sweep whose rank correlation is of fewer arms."""
+    values = {f"t{arm}": {(0, 0): arm, (1, 0): arm} for arm in range(4)}
+    frame = runs(values).assign(**{"choice/pattern": "p", "choice/pruner": "p"})
+    frame["choice/reconstruction"] = frame["config/reconstruction.name"]
+    asked = RankClaim(name="it", metric=ERROR, ranks_as=ERROR, among={}, side="above")
+    assert len(asked.effects(frame)) == 2
+    assert len(asked.effects(frame[:-1])) == 1
+
+
+def test_claims_on_runs_that_are_not_there_are_told() -> None:
+    """Catches a slip in a value, which reads as 'cannot say' of a sweep that is not through."""
+    frame = runs({"br": {(0, 0): 1.0}, "none": {(0, 0): 2.0}})
+    assert unmatched(frame, [claim()]) == []
+    [told] = unmatched(frame, [claim(arm={"config/reconstruction.name": "brr"})])
+    assert "it: no finished run has config/reconstruction.name=brr" in told
+
+
+def test_seeds_of_one_draw_are_one_set() -> None:
+    """Catches training seeds that pass for calibration sets, and sets of a mixture's parts that pass for one."""
+    frame = runs(
+        {"br": {(0, seed): 1.0 + seed for seed in range(3)}, "none": {(0, seed): 2.0 for seed in range(3)}}
+    )
+    frame["config/seed"] = frame["config/seed_training"]
+    assert len(claim().effects(frame)) == 1
+    frame["config/calibration.parts.web.set"] = frame["config/seed_training"]
+    assert len(claim().effects(frame)) == 3
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 6)), min_size=3, max_size=7))
@@ -201,6 +235,24 @@ def test_fit_to_the_calibration_text_is_flagged_only_beyond_noise() -> None:
     assert told([4.0, 4.1, 3.9, 4.2])["verdict"] == "fits the calibration text"
     assert told([2.0, 2.1, 1.9, 2.2])["verdict"] == "does not"
     assert told([4.0, 2.1, 3.9, 2.2])["verdict"] == "cannot say"
+
+
+def test_verdicts_are_drawn() -> None:
+    """Catches claims that fall out of the figure, effects of several measures on one scale, and a figure of nothing."""
+    frame = runs({"br": {(0, 0): 1.0, (1, 0): 1.5}, "none": {(0, 0): 2.0, (1, 0): 4.0}})
+    asked = [claim(), claim(name="other", measure="reduction"), claim(name="none", arm={"config/seed": 7})]
+    plot = verdict_plot(verdict_table(frame, asked))
+    assert plot.figure is not None
+    assert [[label.get_text() for label in axis.get_yticklabels()] for axis in plot.figure.axes] == [
+        ["it"],
+        ["other"],
+    ]
+    intervals = [line for axis in plot.figure.axes for line in axis.lines if len(line.get_xdata()) == 2]
+    table = verdict_table(frame, asked).dropna(subset="low")
+    assert [tuple(line.get_xdata()) for line in intervals] == list(
+        zip(table["low"], table["high"], strict=True)
+    )
+    assert verdict_plot(verdict_table(frame, asked[2:])).figure is None
 
 
 def test_sets_of_a_mixtures_parts_make_no_arm() -> None:

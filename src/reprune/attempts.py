@@ -40,7 +40,8 @@ def attempt(composed: Composed) -> str | None:
     counter.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(counter.with_suffix(".lock"))
     try:
-        lock.acquire(blocking=False)
+        # Whoever asks whether it is held holds it for a moment.
+        lock.acquire(timeout=1)
     except Timeout:
         # The same point twice in a grid, or in two sweeps at once: the other one does it.
         return None

@@ -74,8 +74,9 @@ def run_and_note(composed: Composed) -> None:
         write_json(place_of(composed), {"run": plan.folder.id, "alike": plan.alike})
         _run(plan, HELD_PATIENCE_S)
     except HeldError as error:
-        # A twin in another sweep does it; whether it was done is looked at in the end.
+        # A twin does it; whether all was done that this point asks for is looked at in the end.
         LOG.info("left    %s", error)
+        write_json(note_of(composed), {"error": f"left: {error}; what this point adds to it was not done"})
     except (RunError, ConfigError) as error:
         write_json(note_of(composed), {"error": str(error)})
     except Exception as error:

@@ -91,7 +91,7 @@ def check_all(arguments: list[str]) -> Sweep | None:
     from reprune.sweep import Sweep
 
     quiet_libraries()
-    if multirun:
+    if multirun and not composed[0].config["dry_run"]:
         check_queue(composed[0].launcher, composed[0].hydra["cluster"])
     plans = [check(one, here=not (multirun and one.sweep["elsewhere"])) for one in wanted]
     CHECKED.update({plan.composed.key: plan for plan in plans})

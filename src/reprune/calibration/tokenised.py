@@ -8,7 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from reprune.tensor_files import write_tensors
 
 BATCH = 1000
 FILE = "tokens.safetensors"
+SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "legacy")
 
 
 def token_ids(corpus: Corpus, tokenizer: Any, specials: bool) -> dict[str, Tensor]:
@@ -49,6 +52,7 @@ def _token_ids(wanted: _Wanted) -> dict[str, Tensor]:
         "package_index": name if builtin else None,
         "tokenizer": tokenizer,
         "specials": specials,
+        "versions": [transformers.__version__, tokenizers.__version__],
     }
 
     def make(folder: Path) -> None:
@@ -69,11 +73,15 @@ _IDENTITIES: dict[int, tuple[Any, str]] = {}
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
-    """Hash of a tokenizer's rules, or of its vocabulary where the rules cannot be read."""
+    """Hash of a tokenizer's rules, or of its kind, vocabulary and settings where the rules cannot be read."""
     known = _IDENTITIES.get(id(tokenizer))
     if known is None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+        if backend is not None:
+            rules = backend.to_str()
+        else:
+            settings = [(name, getattr(tokenizer, name, None)) for name in SETTINGS]
+            rules = repr([type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), settings])
         known = (tokenizer, hashlib.sha256(rules.encode()).hexdigest())
         _IDENTITIES[id(tokenizer)] = known
     return known[1]

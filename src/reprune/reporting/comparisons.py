@@ -16,7 +16,7 @@ from reprune.errors import ConfigError
 from reprune.reporting.data_tables import print_whole
 from reprune.reporting.frame import collect, results
 from reprune.reporting.paired import paired, paired_texts
-from reprune.reporting.verdicts import AnyClaim, Claim, RankClaim, verdict_table
+from reprune.reporting.verdicts import AnyClaim, Claim, RankClaim, unmatched, verdict_table
 from reprune.tracking.progress import CONSOLE
 
 TEXT_COLUMNS = ("task", "filter", "claim", "metric", "measure", "threshold", "verdict", "what")
@@ -134,7 +134,16 @@ def differences(first: Path, second: Path) -> pd.DataFrame:
 
 
 def _incidental(name: str) -> bool:
-    left_out = ("id", "folder", "label", "config_hash", "config/output_dir", "seconds", "peak_memory_bytes")
+    left_out = (
+        "id",
+        "folder",
+        "label",
+        "command",
+        "config_hash",
+        "config/output_dir",
+        "seconds",
+        "peak_memory_bytes",
+    )
     return name in left_out or name.startswith("seconds/")
 
 
@@ -158,6 +167,8 @@ def show_verdicts(arguments: list[str]) -> None:
     frame = frame_of(given.places)
     table = verdict_table(frame, claims)
     _print(table)
+    for line in unmatched(frame, claims):
+        CONSOLE.print(line, highlight=False, markup=False)
     _write(table, given.csv)
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import ConstantInputWarning, pearsonr, rankdata, spearmanr
 
-from reprune.reporting.replicates import SOURCE
+from reprune.reporting.replicates import source_keys
 from reprune.reporting.tables import EVALUATED
 from reprune.seeding import seed_for
 
@@ -58,7 +58,7 @@ def correlations(frame: pd.DataFrame) -> pd.DataFrame:
     """
     finished = frame[frame["state"] == "finished"]
     metrics, errors = downstream(finished), last_errors(finished)
-    keys = [column for column in SOURCE if column in finished]
+    keys = source_keys(finished)
     sets = finished.groupby(keys, dropna=False, sort=True).ngroup()
     techniques = {POOLED: finished.index} | {
         str(name): runs.index for name, runs in finished.groupby("choice/reconstruction", sort=False)

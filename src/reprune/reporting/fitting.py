@@ -7,7 +7,7 @@ from itertools import permutations
 import pandas as pd
 
 from reprune.reporting.gap import FREE, last_columns
-from reprune.reporting.replicates import IRRELEVANT, REPLICATES, SOURCE, arm_names
+from reprune.reporting.replicates import IRRELEVANT, REPLICATES, arm_names, source_keys
 from reprune.reporting.verdicts import judge
 
 COLUMNS = (
@@ -74,5 +74,5 @@ def _rows(first: pd.DataFrame, second: pd.DataFrame, arm: str, against: str) -> 
 
 
 def _by_set(runs: pd.DataFrame, column: str) -> pd.Series:
-    keys = [key for key in SOURCE if key in runs]
+    keys = source_keys(runs)
     return runs[column].astype(float).groupby([runs[key] for key in keys], dropna=False).mean()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,15 +18,9 @@ from reprune.files import read_json, write_atomically
 from reprune.run_folder import RunFolder
 
 KEPT = "a file that `reprune-report collect` wrote"
-ELSEWHERE = ("output_dir=", "tracking", "launcher=", "hydra.", "sweep.", "wandb.")
-PLACES = (
-    "folder",
-    "label",
-    "config/output_dir",
-    "config/calibration.path",
-    "config/pruner.path",
-    "config/model.path",
-)
+ELSEWHERE = ("output_dir=", "tracking", "launcher=", "hydra.", "hydra/", "sweep.", "wandb.")
+PLACES = ("folder", "label", "config/output_dir")
+ABSOLUTE = re.compile(r"""^(~?/|[A-Za-z]:\\).+$|(?<![\w.:/])(~?/|[A-Za-z]:\\)[^\s,'"\]}]+""")
 
 # libyaml's loader is ten times as fast, and not in every build of PyYAML.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -53,10 +49,10 @@ def results(*places: Path | str) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     if kept:
         # A file does not tell None from NaN, so that here nothing does.
-        own = frame.astype(object).where(frame.notna()).infer_objects()
-        frame = pd.concat([*kept, own], ignore_index=True)
-        # A run that is in a file and in a folder is one run.
-        frame = frame.drop_duplicates("id", keep="last").reset_index(drop=True)
+        frame = pd.concat(
+            [frame.astype(object).where(frame.notna()).infer_objects(), *kept], ignore_index=True
+        )
+    frame = _once(frame)
     if "choice/reconstruction" in frame:
         frame["label"] = frame["choice/reconstruction"]
         if "choice/arm" in frame:
@@ -70,15 +66,27 @@ def results(*places: Path | str) -> pd.DataFrame:
     return frame
 
 
+def _once(frame: pd.DataFrame) -> pd.DataFrame:
+    """A run in several places is one run: finished where it is anywhere, with what any finished record of it has."""
+    if frame.empty or not frame["id"].duplicated().any():
+        return frame
+    finished = frame["state"] == "finished"
+    twice = frame["id"].isin(frame.loc[finished, "id"])
+    return frame[finished | ~twice].groupby("id", sort=False, as_index=False).first()[list(frame)]
+
+
 def _row(folder: RunFolder) -> dict[str, Any]:
     row: dict[str, Any] = {"id": folder.id, "folder": str(folder.path), "state": folder.status().words}
     config = yaml.load((folder.path / "config.yaml").read_text(encoding="utf-8"), Loader=LOADER)
     row |= {f"config/{key}": value for key, value in _leaves(config)}
+    # Null stands for `seed`; which draw it was decides what is a replicate of what.
+    for seed in ("seed_data", "seed_training"):
+        row[f"config/{seed}"] = config["seed"] if config[seed] is None else config[seed]
     if not folder.finished:
         return row
     result = read_json(folder.path / "result.json")
     choices = {group: option for group, option in result["choices"].items() if not group.startswith("hydra/")}
-    row["command"] = _command(read_json(folder.path / "environment.json").get("overrides", []))
+    row["command"] = _command(read_json(folder.path / "environment.json").get("overrides"))
     row |= {"experiment": result["experiment"], "config_hash": result["config_hash"]}
     row |= {f"choice/{group}": option or None for group, option in choices.items()}
     row |= result["metrics"]
@@ -94,26 +102,54 @@ def _row(folder: RunFolder) -> dict[str, Any]:
     return row
 
 
-def _command(overrides: Sequence[str]) -> str | None:
+def _command(overrides: Sequence[str] | None) -> str | None:
     """What makes the run again, without what says where it goes and how it is launched; None for runs that do not say."""
-    own = [item for item in overrides if not item.lstrip("+~").startswith(ELSEWHERE)]
-    return shlex.join(["reprune", *own]) if overrides else None
+    if overrides is None:
+        return None
+    return shlex.join(
+        ["reprune", *(item for item in overrides if not item.lstrip("+~").startswith(ELSEWHERE))]
+    )
 
 
 def collect(frame: pd.DataFrame, file: Path) -> None:
-    """Write the finished runs of `results` as a CSV file that `results` reads: without places on this machine.
+    """Write the finished runs of `results` as a CSV file that `results` reads.
 
-    Columns that are empty in all rows are left out.
+    It names no place of this machine: of a path is left the name and a hash, which tells two of one name apart.
     """
-    finished = frame[frame["state"] == "finished"].sort_values(["experiment", "command", "config_hash"])
-    kept = finished.drop(columns=[name for name in PLACES if name in finished]).dropna(axis=1, how="all")
+    finished = frame[frame["state"] == "finished"].sort_values(["experiment", "config_hash"])
+    kept = finished.drop(columns=[name for name in PLACES if name in finished])
+    for column in kept.select_dtypes(include=["object", "string"]):
+        kept[column] = kept[column].map(_without_places, na_action="ignore")
+    empty = [name for name in kept if not str(name).startswith(("config/", "choice/", "command"))]
+    kept = kept.drop(columns=[name for name in empty if kept[name].isna().all()])
     write_atomically(file, lambda temporary: kept.to_csv(temporary, index=False))
+
+
+def _without_places(value: object) -> object:
+    """A path, or the paths in a list or a command, by name and hash."""
+
+    def shortened(found: re.Match[str]) -> str:
+        path = found[0]
+        return f"{Path(path).name}#{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+
+    if not isinstance(value, str):
+        return value
+    if not value.startswith("reprune"):
+        return ABSOLUTE.sub(shortened, value)
+    words = [word.partition("=") for word in shlex.split(value)]
+    return shlex.join(key + equals + ABSOLUTE.sub(shortened, text) for key, equals, text in words)
 
 
 def read_frame(file: Path) -> pd.DataFrame:
     """What `collect` wrote. ConfigError for another file."""
     try:
-        frame = pd.read_csv(file, low_memory=False, keep_default_na=False, na_values=[""])
+        frame = pd.read_csv(
+            file,
+            low_memory=False,
+            keep_default_na=False,
+            na_values=[""],
+            dtype={"id": str, "config_hash": str},
+        )
     except (ValueError, UnicodeDecodeError) as error:
         raise ConfigError("", f"cannot be read: {error}", value=file, accepted=KEPT) from error
     missing = [name for name in ("id", "state", "config_hash") if name not in frame]

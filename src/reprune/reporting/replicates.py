@@ -11,15 +11,13 @@ import pandas as pd
 
 from reprune.errors import ConfigError, did_you_mean
 
-SET = ("config/calibration.set", "config/seed_data", "config/seed")
-"""What makes another calibration set: its number, or the seed that draws it."""
+SET = ("config/calibration.set", "config/seed_data")
+"""What makes another calibration set: its number, or the seed that draws it. `results` has the seed that counts."""
 
-SOURCE = (*SET, "choice/calibration", "choice/model")
-"""What tells calibration sets of several sources and models apart."""
+PART_SETS = re.compile(r"config/calibration\..*\.set")
 
 REPLICATES = re.compile(
-    "|".join(map(re.escape, (*SET, "config/seed_training")))
-    + r"|config/(calibration|reconstruction_data)\..*\.set"
+    r"config/(seed|seed_data|seed_training)|config/(calibration|reconstruction_data)\.(.*\.)?set"
 )
 """What runs of one arm may differ in: also which sets the parts of a mixture are."""
 
@@ -34,6 +32,17 @@ IRRELEVANT = (
     "config/evaluation.",
 )
 """What makes no other arm: it changes no number of the pruned model, or only which numbers there are."""
+
+
+def set_keys(frame: pd.DataFrame) -> list[str]:
+    """The columns that tell calibration sets apart, those of a mixture's parts among them."""
+    return [column for column in map(str, frame) if column in SET or PART_SETS.fullmatch(column)]
+
+
+def source_keys(frame: pd.DataFrame) -> list[str]:
+    """The same, with what tells calibration sets of several sources and models apart."""
+    choices = ("choice/calibration", "choice/model")
+    return [*set_keys(frame), *(column for column in choices if column in frame)]
 
 
 def arms_of(frame: pd.DataFrame) -> list[str]:
@@ -60,23 +69,24 @@ def value_by_set(frame: pd.DataFrame, arm: Mapping[str, Any], metric: str) -> pd
             "claims", "these runs are several arms, so that they are no replicates", value=dict(arm),
             accepted=f"one value for {', '.join(differ)}",
         )  # fmt: skip
-    keys = [column for column in SET if column in runs]
+    keys = set_keys(runs)
     if not keys or runs.empty:
         return pd.Series(dtype=float)
     return metric_of(runs, metric).groupby([runs[key] for key in keys], dropna=False).mean()
 
 
-def chosen(frame: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:
+def chosen(frame: pd.DataFrame, wanted: Mapping[str, Any], *others: str) -> pd.DataFrame:
     """The runs in which every column has its value, one of a list of values, or for None no value.
 
-    ConfigError for a column that is not there.
+    ConfigError for a column that is not there, among them or `others`.
     """
     found = frame
-    for column, value in wanted.items():
+    for column in (*wanted, *others):
         if column not in frame:
             raise ConfigError(
                 "claims", "no run has this column", value=column, hint=did_you_mean(column, map(str, frame.columns))
             )  # fmt: skip
+    for column, value in wanted.items():
         if value is None:
             found = found[found[column].isna()]
         else:
@@ -109,7 +119,7 @@ def summarise(frame: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     """
     finished = frame[frame["state"] == "finished"]
     arms = arms_of(finished)
-    keys = [column for column in SET if column in finished]
+    keys = set_keys(finished)
     rows = []
     groups = finished.groupby(arms, dropna=False, sort=False) if arms else [((), finished)]
     for values, runs in groups:

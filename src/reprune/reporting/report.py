@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from pandas.api.types import infer_dtype
 
 from reprune.reporting.downstream import correlations
 from reprune.reporting.drawing import Plot, Runs, draw_all, save
@@ -15,6 +16,7 @@ from reprune.reporting.gap import gaps
 from reprune.reporting.page import Section, write_page
 from reprune.reporting.published import beside_published
 from reprune.reporting.replicates import arm_names, arms_of, summarise
+from reprune.reporting.verdict_plot import verdict_plot
 from reprune.reporting.verdicts import AnyClaim, verdict_table
 
 FAMILIES = ("eval/pruned/", "reconstruction/", "reconstruction_relative/")
@@ -34,12 +36,12 @@ def write_report(
     """Write every file of the report on `frame` (`results`) into `out`; `arms` is its `arm_table`.
 
     runs.csv|parquet, and where a run is finished arms.csv, summary.csv|md|tex, blocks.csv, gap.csv, fitting.csv, correlations.csv,
-    verdicts.csv (with claims), published.csv|md|tex (where runs name a published table), a PNG and a PDF a plot,
+    verdicts.csv|md|tex (with claims), published.csv|md|tex (where runs name a published table), a PNG and a PDF a plot,
     report.html. ConfigError where a run names a published table that is not there.
     """
     out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(out / "runs.csv", index=False)
-    frame.to_parquet(out / "runs.parquet", index=False)
+    _of_one_type(frame).to_parquet(out / "runs.parquet", index=False)
     unfinished = frame.loc[frame["state"] != "finished", ["id", "state"]]
     plots: list[Plot] = []
     tables = [
@@ -60,7 +62,7 @@ def write_report(
         if len(published):
             write_table(published, out / "published")
         if claims:
-            found["verdicts"] = verdicts
+            write_table(verdicts, out / "verdicts")
         for name, table in found.items():
             table.to_csv(out / f"{name}.csv", index=False)
         tables = [
@@ -73,7 +75,7 @@ def write_report(
             Section("fitting", "What fits the calibration text", "Changes of the last block's error against another technique on the same mask data, as shares, over calibration sets; flagged where the whole 95 % interval falls on the calibration text and rises on held-out text.", found["fitting"]),
             *tables,
         ]  # fmt: skip
-        plots = list(draw_all(runs))
+        plots = [*([verdict_plot(verdicts)] if claims else []), *draw_all(runs)]
         for plot in plots:
             if plot.figure is not None:
                 save(plot.figure, out / plot.name)
@@ -83,6 +85,12 @@ def write_report(
     title = f"reprune: {', '.join(place.resolve().name for place in places)}"
     write_page(out / "report.html", title, about, report.sections, plots)
     return report
+
+
+def _of_one_type(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns that hold words and numbers, or numbers and truths, as words: Parquet has one type a column."""
+    mixed = [name for name in frame if infer_dtype(frame[name], skipna=True).startswith("mixed")]
+    return frame.assign(**{str(name): frame[name].map(str, na_action="ignore") for name in mixed})
 
 
 def write_table(table: pd.DataFrame, stem: Path) -> None:

@@ -17,13 +17,13 @@ from rich.prompt import Confirm
 from rich.table import Table
 
 from reprune.errors import ConfigError
-from reprune.files import is_held
+from reprune.files import is_held, read_json
 from reprune.reporting.comparisons import check_folders
 from reprune.reporting.data_tables import print_whole
 from reprune.reporting.frame import run_folders
 from reprune.run_folder import HASH_LENGTH, RunFolder
 from reprune.tracking.progress import CONSOLE
-from reprune.waiting import waiting
+from reprune.waiting import PLACES, waiting
 
 FREED = ("state", "activations")
 COLOURS = {"done": "green", "running": "cyan", "failed": "red", "killed": "red", "interrupted": "yellow"}
@@ -80,7 +80,20 @@ def status_rows(places: Sequence[Path], now_s: float | None = None) -> list[dict
             row["state"] = "queued"
         elif row["state"] == "not begun" and _is_starting(path / ".lock", now_s):
             row["state"] = "starting"
-    return [row for _, row in rows]
+    return [row for _, row in rows] + _without_folders(places, {path for path, _ in rows})
+
+
+def _without_folders(places: Sequence[Path], known: set[Path]) -> list[dict[str, Any]]:
+    """Points of sweeps that failed before they had a run folder, by their runs or, where these are not known, their keys."""
+    rows = []
+    for note in sorted(note for place in places for note in place.rglob(".multirun/failed/*.json")):
+        place = note.parents[1] / PLACES / note.name
+        run = str(read_json(place)["run"]) if place.is_file() else f"point {note.stem[:HASH_LENGTH]}"
+        if note.parents[2] / run not in known:
+            nothing = dict.fromkeys(("block", "num_blocks", "seconds_left"))
+            facts = {"since_s": note.stat().st_mtime, "error": read_json(note)["error"]}
+            rows.append({"id": run, "state": "failed", **nothing, **facts})
+    return rows
 
 
 def _is_starting(lock: Path, now_s: float) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import ttest_1samp
 
-from reprune.reporting.replicates import SET, arm_names, chosen, metric_of, value_by_set
+from reprune.reporting.replicates import arm_names, chosen, metric_of, set_keys, value_by_set
 
 LEVEL = 0.95
 FEWEST_ARMS = 3
@@ -43,22 +43,30 @@ class Claim:
 
         ConfigError for a metric or a column that no run has.
         """
-        first, second = (self._values(frame, arm) for arm in (self.arm, self.against))
+        first, second = self._values(frame)
         pairs = pd.concat([first.rename("a"), second.rename("b")], axis=1, join="inner").dropna()
         if self.measure == "difference":
             return pairs["a"] - pairs["b"]
         ratio = pairs["a"] / pairs["b"]
         return 1 - ratio if self.measure == "reduction" else ratio
 
-    def _values(self, frame: pd.DataFrame, arm: Mapping[str, Any]) -> pd.Series:
+    def _values(self, frame: pd.DataFrame) -> list[pd.Series]:
+        """The metric, or its spread, of `arm` and of `against` by calibration set."""
+        arms = (self.arm, self.against)
         if self.between is None:
-            return value_by_set(frame, arm, self.metric)
-        kinds = chosen(frame, arm)[self.between].dropna().unique()
-        each = [value_by_set(frame, {**arm, self.between: kind}, self.metric) for kind in kinds]
-        if len(each) < 2:
-            return pd.Series(dtype=float)
-        values = pd.concat(each, axis=1, join="inner").dropna()
-        return (values.max(axis=1) / values.min(axis=1)).apply(np.log)
+            return [value_by_set(frame, arm, self.metric) for arm in arms]
+        # Of the same kinds in both: one that is missing in one of them would make its spread the smaller one.
+        kinds = sorted(
+            {kind for arm in arms for kind in chosen(frame, arm, self.between)[self.between].dropna()}
+        )
+        each = [
+            [value_by_set(frame, {**arm, self.between: kind}, self.metric).rename(kind) for kind in kinds]
+            for arm in arms
+        ]
+        if len(kinds) < 2:
+            return [pd.Series(dtype=float)] * 2
+        values = [pd.concat(kind, axis=1, join="inner").dropna() for kind in each]
+        return [(value.max(axis=1) / value.min(axis=1)).apply(np.log) for value in values]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +91,20 @@ class RankClaim:
         return "rank correlation" if self.rather_than is None else "difference of rank correlations"
 
     def effects(self, frame: pd.DataFrame) -> pd.Series:
-        """The effect by calibration set, of the sets with three arms or more; seeds of one set are averaged first.
+        """The effect by calibration set, of the sets that have every arm, three or more; seeds of one are averaged first.
 
         ConfigError for a metric or a column that no run has.
         """
         runs = chosen(frame, self.among)
         names = [name for name in (self.metric, self.ranks_as, self.rather_than) if name is not None]
         values = pd.DataFrame({name: metric_of(runs, name) for name in names}).dropna()
-        keys = [column for column in SET if column in runs]
+        keys = set_keys(runs)
         arms = arm_names(runs).loc[values.index]
         found = {}
         for number, group in values.groupby([runs.loc[values.index, key] for key in keys], dropna=False):
             each = group.groupby(arms.loc[group.index]).mean()
-            if len(each) >= FEWEST_ARMS:
+            # Sets of a sweep that is not through would rank fewer arms than others.
+            if len(each) == arms.nunique() >= FEWEST_ARMS:
                 rho = each.corr(method="spearman")[self.ranks_as]
                 found[number] = rho[self.metric] - (rho[self.rather_than] if self.rather_than else 0.0)
         return pd.Series(found, dtype=float).dropna()
@@ -138,6 +147,20 @@ def judge(effects: Sequence[float], side: Side, threshold: float) -> Verdict:
     if above or below:
         word = "holds" if above == (side == "above") else "does not hold"
     return Verdict(mean, low, high, count, word)
+
+
+def unmatched(frame: pd.DataFrame, claims: Sequence[AnyClaim]) -> list[str]:
+    """Claims that speak of runs that are not there, in words: not yet done, or a slip in a value."""
+    finished = frame[frame["state"] == "finished"]
+    told = []
+    for claim in claims:
+        arms = (claim.arm, claim.against) if isinstance(claim, Claim) else (claim.among,)
+        told += [
+            f"{claim.name}: no finished run has {', '.join(f'{key}={value}' for key, value in arm.items())}"
+            for arm in arms
+            if chosen(finished, arm).empty
+        ]
+    return told
 
 
 def verdict_table(frame: pd.DataFrame, claims: Sequence[AnyClaim]) -> pd.DataFrame:
