@@ -209,4 +209,4 @@ def test_results_from_python(sweep: Path) -> None:
     assert subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]  # fmt: skip
     assert len(reprune.results(sweep)) == 2 * SWEEP_SETS
     with pytest.raises(AttributeError):
-        reprune.result  # noqa: B018
+        reprune.no_such_name  # noqa: B018

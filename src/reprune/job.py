@@ -76,7 +76,6 @@ def run_and_note(composed: Composed) -> None:
     except HeldError as error:
         # A twin does it; whether all was done that this point asks for is looked at in the end.
         LOG.info("left    %s", error)
-        write_json(note_of(composed), {"error": f"left: {error}; what this point adds to it was not done"})
     except (RunError, ConfigError) as error:
         write_json(note_of(composed), {"error": str(error)})
     except Exception as error:

@@ -172,10 +172,11 @@ class Sweep:
         common = set.intersection(*(set(plan.composed.overrides) for plan in self.plans))
         for plan in missing:
             status, why = plan.folder.status(), noted(plan.composed)
-            # A run may be finished although an evaluation added to it failed.
+            # A run may be finished although an evaluation added to it failed, or was left to who held the run.
             state = "failed" if why is not None else status.state
+            words = "an evaluation or export is missing" if state == "finished" else status.words
             own = [override for override in plan.composed.overrides if override not in common]
-            table.add_row(plan.folder.id, "\n".join(own), state, why or status.words)
+            table.add_row(plan.folder.id, "\n".join(own), state, why or words)
         CONSOLE.print()
         CONSOLE.print(table, highlight=False, markup=False, soft_wrap=False)
         CONSOLE.print("The same command again runs only these.", highlight=False)
