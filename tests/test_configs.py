@@ -175,7 +175,8 @@ def test_experiment_composes(experiment: str) -> None:
     """Catches an experiment, or a point of its sweep, that sets what no longer exists."""
     jobs = list(jobs_of([f"experiments={experiment}"]))
     assert jobs
-    for overrides in jobs:
+    # Every value of the large grids is looked at in test_studies.
+    for overrides in jobs if len(jobs) < 50 else (jobs[0], jobs[-1]):
         composed = compose_run(overrides)
         assert _built(composed.config) >= 9
         assert composed.config["experiment"] != "default", "an experiment names its W&B group"

@@ -197,6 +197,17 @@ def test_lines_become_articles(tmp_path: Path) -> None:
     assert len(replace(source, num_documents=1).corpus("c").documents) == 1
 
 
+def test_sentences_become_passages(tmp_path: Path) -> None:
+    """Catches sentences taken as documents, none of which is as long as a window, and the last of them left out."""
+    sentences = [f"sentence {number}" for number in range(230)]
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "train.jsonl").write_bytes(_rows(sentences, "sentence"))
+    source = option("calibration", "ptb", config=None, revision=COMMIT, mirror=str(tmp_path / "m"))
+    documents = source.corpus("calibration").documents
+    assert [len(text.split("sentence ")) - 1 for text in documents] == [100, 100, 30]
+    assert " ".join(documents) == " ".join(sentences)
+
+
 @pytest.mark.parametrize("offline", [True, False])
 def test_unreachable_says_what_was_tried(
     offline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

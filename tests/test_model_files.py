@@ -6,13 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import plan_of
 from reprune.check import check
 from reprune.compose import compose_run
 from reprune.errors import ConfigError, RunError
+from reprune.model.sources import HubModel
 from reprune.model.tiny import TinyModel
 from reprune.pipeline import run
 
@@ -61,6 +64,27 @@ def test_trainers_leftovers_are_no_weights(folder: Path, tmp_path: Path) -> None
     (folder / "optimizer.pt").write_bytes(b"pickle")
     with pytest.raises(ConfigError, match="no weights"):
         plan_of(tmp_path / "out", *_local(folder), "model.allow_bin=true")
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+def test_pickles_are_fetched_where_there_is_nothing_else(
+    folder: Path, pickled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a repository that has its weights in both formats and is downloaded twice over."""
+    weights = load_file(folder / "model.safetensors")
+    if pickled:
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+    asked = []
+
+    def snapshot(_: str, *, allow_patterns: list[str], **__: str) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    made = HubModel(name="both", repository="owner/name", allow_bin=True).folder()
+    assert ("pytorch_model*.bin" in asked) == pickled
+    assert load_file(made / "model.safetensors").keys() == weights.keys()
 
 
 def test_another_tokenizer_is_another_run(folder: Path, tmp_path: Path) -> None:

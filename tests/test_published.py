@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import yaml
 
 from helpers import make_sweep, plan_of, wandb_records
 from reprune import config_files
-from reprune.compose import compose_run
-from reprune.config_files import config_root, published_tables
+from reprune.compose import Composed, compose_run
+from reprune.config_files import options_of, published_tables
 from reprune.errors import ConfigError
 from reprune.reporting import cli
 from reprune.reporting.frame import results
-from reprune.reporting.published import beside_published, read_published, source_of
+from reprune.reporting.published import ARM, beside_published, read_published, source_of
 
 METRIC = "reconstruction/calibration/vocabulary/last"
 TABLE = f"""# Somebody et al., Table 7
@@ -80,30 +81,71 @@ def test_in_the_report(declared: Path, tmp_path: Path, monkeypatch: pytest.Monke
         assert "Somebody et al., Table 7" in (tmp_path / "out" / name).read_text(encoding="utf-8")
 
 
+def test_arms_by_key(declared: Path, tmp_path: Path) -> None:
+    """Catches arms of one technique that only a key of the config tells apart, all beside one published number."""
+    text = f"# Somebody\nconfig/targets,choice/reconstruction,{METRIC}\nall,br_gp,1.5\nmlp,br_gp,1.25\nmlp,none,2.5\n"
+    (tmp_path / "experiments" / "published" / "mine.csv").write_text(text, encoding="utf-8")
+    frame = results(declared)
+    frame.loc[frame["choice/reconstruction"] == "none", "config/targets"] = "mlp"
+    table = beside_published(frame)
+    assert table[["targets", "reconstruction", "published", "sets"]].to_numpy().tolist() == [
+        ["all", "br_gp", 1.5, 4],
+        ["mlp", "none", 2.5, 4],
+    ]
+
+
+@lru_cache
+def _naming_a_table() -> list[Composed]:
+    """Every experiment whose runs name a table, also where it takes the name over from another experiment."""
+    composed = [compose_run([f"experiments={name}"]) for name in options_of("experiments")]
+    return [it for it in composed if it.config["published"] is not None]
+
+
+def _runs(experiment: Composed, column: str) -> set[str]:
+    """What the runs of an experiment have in a column that tells arms apart."""
+    kind, _, key = column.partition("/")
+    fixed = experiment.choices if kind == "choice" else experiment.config
+    return set(str(experiment.hydra["params"].get(key, fixed[key])).split(","))
+
+
+def _metrics(experiment: Composed) -> set[str]:
+    """Names of what the runs of an experiment measure, as far as a published number may stand beside it."""
+    config = experiment.config
+    texts = config["evaluation"].get("field", {}).get("texts", [])
+    tasks = [*config["evaluation"].get("zero_shot", {}).get("tasks", []), "mean"]
+    evaluated = [f"perplexity/{text}" for text in texts] + [f"zero_shot/{task}/acc" for task in tasks]
+    return {
+        *(f"eval/{model}/{metric}" for model in ("dense", "pruned") for metric in evaluated),
+        *(f"reconstruction/calibration/{source}/last" for source in _runs(experiment, "choice/calibration")),
+        *(
+            f"reconstruction/probe/{name}/last"
+            for name, probe in config["probes"].items()
+            if probe is not None
+        ),
+    }
+
+
 @pytest.mark.parametrize("name", sorted(published_tables()))
 def test_tables_that_are_shipped(name: str) -> None:
     """Catches a table of arms that no experiment runs, metrics that no run has, percent for shares, and a missing source."""
     table = read_published(name)
-    assert source_of(name).startswith("Shin")
-    [experiment] = [
-        path
-        for path in (config_root() / "experiments").rglob("*.yaml")
-        if f"published: {name}\n" in path.read_text(encoding="utf-8")
-    ]
-    composed = compose_run(
-        [f"experiments={experiment.relative_to(config_root() / 'experiments').with_suffix('')}"]
-    )
-    swept = {key: set(values.split(",")) for key, values in composed.hydra["params"].items()}
-    assert {
-        column.removeprefix("choice/"): set(table[column]) for column in table if column.startswith("choice/")
-    } == swept
-    texts = composed.config["evaluation"]["field"]["texts"]
-    tasks = composed.config["evaluation"].get("zero_shot", {}).get("tasks", [])
-    known = {f"eval/pruned/perplexity/{text}" for text in texts} | {
-        f"eval/pruned/zero_shot/{task}/acc" for task in tasks
-    }
-    known |= {f"reconstruction/calibration/{composed.choices['calibration']}/last"}
-    assert {column for column in table if not column.startswith("choice/")} == known
+    assert source_of(name).startswith(("Shin", "Williams"))
+    experiments = [it for it in _naming_a_table() if it.config["published"] == name]
+    arms = [column for column in map(str, table) if column.startswith(ARM)]
+    metrics = set(table) - set(arms)
+    assert metrics
+    assert all(metrics <= _metrics(experiment) for experiment in experiments)
+    served = set()
+    for row in table.to_dict("records"):
+        # An experiment of one run is what others share: its run is one of theirs.
+        [home] = [
+            number
+            for number, experiment in enumerate(experiments)
+            if experiment.hydra["params"] and all(row[arm] in _runs(experiment, arm) for arm in arms)
+        ]
+        served.add(home)
+    assert len(served) == sum(bool(experiment.hydra["params"]) for experiment in experiments) > 0
+    assert not table.duplicated(arms).any()
     shares = table.filter(like="zero_shot/")
     assert ((shares > 0) & (shares < 1)).all().all()
     assert not table.isna().any().any()

@@ -32,7 +32,7 @@ class HubText(CorpusSource):
 
     Nothing more is downloaded, and what was is kept in the project's cache, so that later runs need no network. `revision`
     should be a commit: a branch may move. `join=articles` puts rows together that are lines, an article for each heading
-    '= Title ='.
+    '= Title ='; `join=passages` joins rows that are sentences by a space, a hundred at a time.
 
     `mirror` is a folder that is read instead, in the layout of the data set's repository. `fallback` names the
     package-index text that stands in when neither hub nor cache nor mirror can be had; without it that is an error.

@@ -14,9 +14,10 @@ from reprune.calibration.formats import no_such_column
 from reprune.errors import ConfigError
 
 CONNECT_SECONDS = 10
+PASSAGE = 100
 HEADING = re.compile(r"\s*= (?!=).*(?<!=) =\s*")
 
-Join = Literal["rows", "articles"]
+Join = Literal["rows", "articles", "passages"]
 Rows = Iterable[Mapping[str, Any]]
 
 
@@ -174,7 +175,7 @@ def _documents(stream: Callable[[], Rows], wanted: Wanted, place: str) -> list[s
     _quiet()
     try:
         texts = _texts(stream(), wanted)
-        made = _articles(texts) if wanted.join == "articles" else texts
+        made = JOINS[wanted.join](texts)
         return list(islice((text for text in made if text.strip()), wanted.num_documents))
     except ConfigError:
         raise
@@ -219,6 +220,20 @@ def _articles(lines: Iterable[str]) -> Iterator[str]:
             held = []
         held.append(line if line.endswith("\n") else f"{line}\n")
     yield "".join(held)
+
+
+def _passages(sentences: Iterable[str]) -> Iterator[str]:
+    """Sentences put together by a space, PASSAGE of them at a time."""
+    left = iter(sentences)
+    while passage := list(islice(left, PASSAGE)):
+        yield " ".join(passage)
+
+
+JOINS: dict[Join, Callable[[Iterable[str]], Iterable[str]]] = {
+    "rows": iter,
+    "articles": _articles,
+    "passages": _passages,
+}
 
 
 def _gated(wanted: Wanted) -> str:

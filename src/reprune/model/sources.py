@@ -113,7 +113,10 @@ class HubModel:
         patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
         # By the commit that the run's identity names: a branch may move meanwhile.
         commit = self.description().name
-        snapshot = self._snapshot([*patterns, "pytorch_model*.bin"] if self.allow_bin else patterns, commit)
+        snapshot = self._snapshot(patterns, commit)
+        # Many repositories have the same weights in both formats.
+        if self.allow_bin and not any(snapshot.glob("model*.safetensors")):
+            snapshot = self._snapshot([*patterns, "pytorch_model*.bin"], commit)
         try:
             files = weight_files(snapshot, "model.repository", self.allow_bin)
         except ConfigError as error:

@@ -8,11 +8,13 @@ from reprune.config_files import check_published, published_tables
 from reprune.reporting.replicates import summarise
 
 COLUMN = "config/published"
+ARM = ("choice/", "config/")
 
 
 def read_published(name: str) -> pd.DataFrame:
-    """A published table: columns `choice/GROUP` say which arm a row is of, the others are metrics under our names.
+    """A published table: columns `choice/GROUP` and `config/KEY` say which arm a row is of, the others are metrics.
 
+    Metrics have our names, and shares where they print percent.
     Its first line is a comment with the source. ConfigError for a name that is no table.
     """
     check_published(name)
@@ -28,7 +30,7 @@ def source_of(name: str) -> str:
 def beside_published(frame: pd.DataFrame) -> pd.DataFrame:
     """A row an arm and metric that the runs' experiment has a published number for, and that the runs have too.
 
-    Columns: the choices of the arm, metric, ours and std (mean and standard deviation over calibration sets), sets,
+    Columns: the choices and keys of the arm, metric, ours and std (mean and standard deviation over calibration sets), sets,
     published, difference (ours − published), source. Empty where no run names a table.
     """
     if COLUMN not in frame:
@@ -37,10 +39,10 @@ def beside_published(frame: pd.DataFrame) -> pd.DataFrame:
     finished = frame[frame["state"] == "finished"]
     for name, runs in finished.groupby(COLUMN):
         table = read_published(str(name))
-        arms = [column for column in map(str, table) if column.startswith("choice/")]
+        arms = [column for column in map(str, table) if column.startswith(ARM)]
         metrics = [column for column in map(str, table) if column not in arms and column in runs]
         for theirs in table.to_dict("records"):
-            chosen = {arm.removeprefix("choice/"): theirs[arm] for arm in arms}
+            chosen = {arm.partition("/")[2]: theirs[arm] for arm in arms}
             alike = runs[
                 [all(run[arm] == theirs[arm] for arm in arms) for run in runs[arms].to_dict("records")]
             ]
