@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from helpers import overrides_for, perplexity_on, write_documents
-from reprune import job, pipeline, run
+from helpers import overrides_for, perplexity_on, plan_of, write_documents
+from reprune import arithmetic, job, pipeline, run
+from reprune.arithmetic import guessed_seconds
+from reprune.calibration.gather import cut_all
 from reprune.check import RunPlan
 from reprune.compose import Composed, compose_run
 from reprune.errors import ConfigError, RunError
@@ -195,7 +198,7 @@ def test_before_the_first_job(
     told = capsys.readouterr().out
     assert "2 runs: 0 finished, 2 to do; 1 duplicates, run once; 3 points skipped" in told
     assert "no point falls under: pruner: sparsegpt" in told
-    assert "unknown for 2 runs" in told
+    assert "by arithmetic alone for 2 runs" in told
     assert "GiB a run" in told
     assert sorted(begun) == ["random-1", "wanda-0"]
 
@@ -211,10 +214,43 @@ def test_hours_come_from_finished_runs(
         hours = 1 if result["choices"]["reconstruction"] == "none" else 10
         path.write_text(json.dumps({**result, "seconds": {"a": 1800 * hours, "b": 1800 * hours}}))
     capsys.readouterr()
-    expected = {("reconstruction=none",): "about 2 h", ("reconstruction=br_gp",): "about 20 h", ("reconstruction=br",): "about 11 h", ("model.num_blocks=2",): "unknown for 2 runs"}  # fmt: skip
+    expected = {("reconstruction=none",): "about 2 h", ("reconstruction=br_gp",): "about 20 h", ("reconstruction=br",): "about 11 h", ("model.num_blocks=2",): "by arithmetic alone for 2 runs", ("model.num_blocks=2", "sweep.elsewhere=true"): "unknown for 2 runs"}  # fmt: skip
     for more, words in expected.items():
         assert main("-m", "pruner=magnitude", "seed=0,1", "sweep.max_runs=1", *more) == 2
         assert words in capsys.readouterr().err, more
+
+
+def test_time_by_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an estimate that forgets training, the second block of a window, rounds, texts or evaluation."""
+    asked = []
+
+    def rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+        asked.append((device.type, dtype, threads))
+        return 1.0
+
+    monkeypatch.setattr(arithmetic, "_rate", rate)
+
+    def operations(*more: str) -> float:
+        return guessed_seconds(plan_of(tmp_path, "reconstruction=none", *more)) * arithmetic.SHARE
+
+    plan = plan_of(tmp_path, "reconstruction=none")
+    block = plan.shapes.num_block_parameters
+    texts, _ = cut_all(plan.requests, plan.tokenizer, None, 0)
+    trained = texts.reconstruction[0].tokens_NT.numel()
+    none = operations()
+    read = sum(text.tokens_NT.numel() for text in texts.all)
+    assert read > trained
+    assert none == pytest.approx(arithmetic.PASSES * 2 * block * read)
+    once = 6 * block * trained * 4
+    assert operations("reconstruction=br", "reconstruction.epochs=4") == pytest.approx(none + once)
+    assert operations("reconstruction=br_gp_cr", "reconstruction.epochs=4") == pytest.approx(none + 2 * once)
+    assert operations("schedule=iterative", "schedule.rounds=3") == pytest.approx(3 * none)
+    write_documents(tmp_path / "mine.jsonl")
+    evaluated = 2 * plan.shapes.num_parameters * 2 * 3 * 16
+    assert operations(*perplexity_on(mine=tmp_path / "mine.jsonl")) == pytest.approx(none + evaluated)
+    assert set(asked) == {("cpu", torch.float32, 1)}
+    monkeypatch.undo()
+    assert 1e6 < arithmetic._rate(torch.device("cpu"), torch.float32, 1) < 1e15
 
 
 def test_above_a_cap(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from reprune.arithmetic import guessed_seconds
 from reprune.attempts import counter_of
 from reprune.check import RunPlan
 from reprune.errors import ConfigError, require_positive
@@ -86,12 +87,14 @@ class Sweep:
             lines["unused"] = f"rules of sweep.skip that no point falls under: {'; '.join(self.idle_rules)}"
         if not self.to_do:
             return lines
-        seconds = [run for run in self._seconds if run is not None]
-        unknown = len(self.to_do) - len(seconds)
-        told = f"about {sum(seconds) / 3600:.2g} h of one device" if seconds else ""
-        missing = (
-            f"unknown for {unknown} runs: no finished run of their model in output_dir" if unknown else ""
+        unknown = self._seconds.count(None)
+        told = (
+            f"about {self._hours:.2g} h of one device" if unknown < len(self.to_do) or self._guesses else ""
         )
+        missing = ""
+        if unknown:
+            how = "by arithmetic alone" if self._guesses else "unknown"
+            missing = f"{how} for {unknown} runs: no finished run of their model in output_dir"
         lines["time"] = ", ".join(filter(None, [told, missing]))
         lines["memory"] = f"about {max(plan.sizes.memory for plan in self.to_do) / 2**30:.2f} GiB a run"
         lines["disk"] = f"about {self._disk / 2**30:.2f} GiB in all, {self._free / 2**30:.2f} GiB are free"
@@ -99,13 +102,13 @@ class Sweep:
 
     def _too_much(self) -> list[str]:
         caps = self.plans[0].composed.sweep
-        hours = sum(run for run in self._seconds if run is not None) / 3600
+        hours = self._hours
         found = []
         if len(self.to_do) > caps["max_runs"]:
             found.append(f"{len(self.to_do)} runs (sweep.max_runs={caps['max_runs']})")
         if caps["max_hours"] is not None and hours > caps["max_hours"]:
             found.append(f"{hours:.2g} h (sweep.max_hours={caps['max_hours']:g})")
-        elif caps["max_hours"] is not None and None in self._seconds:
+        elif caps["max_hours"] is not None and None in self._seconds and not self._guesses:
             found.append(f"hours that nothing tells (sweep.max_hours={caps['max_hours']:g})")
         if self._disk > self._free:
             found.append("more disk than is free")
@@ -139,6 +142,21 @@ class Sweep:
             seconds = [seconds for other, seconds in near if other[0] == mine[0]]
             found.append(float(np.median(seconds)) if seconds else None)
         return found
+
+    @cached_property
+    def _guesses(self) -> list[float]:
+        """Of each run that no finished one tells of: its time by arithmetic. None of them where they are done elsewhere."""
+        if self.plans[0].composed.sweep["elsewhere"]:
+            return []
+        return [
+            guessed_seconds(plan)
+            for plan, seconds in zip(self.to_do, self._seconds, strict=True)
+            if seconds is None
+        ]
+
+    @property
+    def _hours(self) -> float:
+        return (sum(run for run in self._seconds if run is not None) + sum(self._guesses)) / 3600
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
