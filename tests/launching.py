@@ -19,7 +19,7 @@ from helpers import overrides_for
 from reprune.files import read_json
 
 PATIENCE_S = 600
-NOT_THE_SAME_TWICE = r"^(folder|config/output_dir|peak_memory_bytes|seconds(/.*)?)$"
+NOT_THE_SAME_TWICE = r"^(folder|command|config/output_dir|peak_memory_bytes|seconds(/.*)?)$"
 
 
 def launch(output_dir: Path, *more: str, **environment: str) -> subprocess.Popen[str]:

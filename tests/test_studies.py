@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 from transformers import AutoConfig
 
+from reprune.cache import cache_root
 from reprune.calibration import hub
 from reprune.calibration.hub_places import Wanted
 from reprune.check import RunPlan, check
@@ -69,6 +70,8 @@ def _rows(wanted: Wanted) -> tuple[list[str], str]:
 def _hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A hub of configs and tokenizers without weights, random texts, and tasks without examples."""
     place = tmp_path_factory.mktemp("hub")
+    (place / "cache").mkdir()
+    (place / "cache" / "wheels").symlink_to(cache_root() / "wheels")
 
     def snapshot(repository: str, **_: Any) -> str:
         architecture, context, add_bos = MODELS[repository]
