@@ -54,6 +54,15 @@ def _metrics(frame: pd.DataFrame) -> list[str]:
     return [name for name in map(str, frame) if name.startswith(("reconstruction", "eval/"))]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_wide_file_is_read_without_a_word(kept: Path, tmp_path: Path) -> None:
+    """Catches pandas' complaints between a person and a table."""
+    wide = pd.read_csv(kept)
+    more = pd.DataFrame({f"eval/pruned/x/{n}": [float(n)] * len(wide) for n in range(400)})
+    pd.concat([wide, more], axis=1).to_csv(tmp_path / "wide.csv", index=False)
+    assert len(reprune.results(tmp_path / "wide.csv", kept)) == 4
+
+
 def test_numbers_and_arms_are_those_of_the_folders(runs: Path, kept: Path) -> None:
     """Catches digits that are lost, 'none' read as a missing value, labels made twice, and other arms."""
     first, second = (reprune.results(place).set_index("id").sort_index() for place in (runs, kept))

@@ -52,7 +52,8 @@ def results(*places: Path | str) -> pd.DataFrame:
         frame = pd.concat(
             [frame.astype(object).where(frame.notna()).infer_objects(), *kept], ignore_index=True
         )
-    frame = _once(frame)
+    # A wide file is read in pieces, which pandas complains of when columns are added.
+    frame = _once(frame).copy()
     if "choice/reconstruction" in frame:
         frame["label"] = frame["choice/reconstruction"]
         if "choice/arm" in frame:
@@ -156,7 +157,7 @@ def read_frame(file: Path) -> pd.DataFrame:
     if missing:
         raise ConfigError("", f"has no column {', '.join(missing)}", value=file, accepted=KEPT)
     # A file and a machine have no folders in common.
-    return frame.assign(folder=None)
+    return frame.copy().assign(folder=None)
 
 
 def _leaves(node: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
