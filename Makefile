@@ -1,5 +1,6 @@
 # make run    install, run the quickstart, report       make test   install, run the test suite offline
 # make check  format, lint, types                       make install  the environment and the assets alone
+# make evidence  the evidence's verdicts and figure from experiments/results, and the README's table
 # make soak   kill sweeps at random moments, for many minutes
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 OUT ?= outputs/quickstart
 STAMP := $(VENV)/.installed
 
-.PHONY: install run test soak check clean
+.PHONY: install run test soak evidence check clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -28,6 +29,9 @@ test: install
 
 soak: install
 	HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 $(BIN)/python -m pytest -m soak -s
+
+evidence: install
+	$(BIN)/python experiments/evidence/make.py
 
 check: install
 	$(BIN)/ruff format --check .

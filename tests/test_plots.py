@@ -15,8 +15,9 @@ from scipy.stats import spearmanr
 import reprune
 from helpers import SWEEP_SETS
 from reprune.reporting.downstream import correlations, downstream, rank_correlations, resampled_interval
-from reprune.reporting.drawing import MOST_ARMS, Runs, draw_all, save, svg_of
+from reprune.reporting.drawing import MOST_ARMS, NothingToDrawError, Runs, draw_all, save, svg_of
 from reprune.reporting.gap import gaps
+from reprune.reporting.plots import change_against_none
 from reprune.reporting.plots.pareto import pareto_front
 from reprune.reporting.plots.sparsity_by_layer import layer_sparsities
 from reprune.reporting.replicates import arm_names
@@ -30,7 +31,7 @@ def test_every_plot_is_drawn_and_written_twice(sweep: Path, tmp_path: Path) -> N
     plots = list(draw_all(Runs.of(reprune.results(sweep))))
     assert {plot.name for plot in plots} == {
         "error_by_block", "calibration_and_held_out", "error_and_downstream", "gap_by_samples", "pareto",
-        "learning_curves", "sparsity_by_layer",
+        "learning_curves", "sparsity_by_layer", "change_against_none",
     }  # fmt: skip
     for plot in plots:
         assert plot.figure is not None, f"{plot.name}: {plot.reason}"
@@ -55,6 +56,7 @@ def test_what_one_run_cannot_show_is_said(sweep: Path) -> None:
         "gap_by_samples",
         "pareto",
         "learning_curves",
+        "change_against_none",
     }
     assert all(plots[name].reason and "\n" not in plots[name].reason for name in left_out)
 
@@ -97,6 +99,29 @@ def test_gap_by_hand() -> None:
     assert set(found["calibration"]) == {"web"}
     assert set(found["held_out"]) == {"wiki"}
     assert list(found["sequences"]) == [8, 8]
+
+
+def test_changes_against_none_by_hand() -> None:
+    """Catches a change against another set's or another pruner's `none`, and rows in an order that says nothing."""
+    rows = [
+        run_row("none", 0, 10.0, 20.0),
+        run_row("none", 1, 100.0, 10.0),
+        run_row("br_gp", 0, 2.0, 12.0),
+        run_row("br_gp", 1, 30.0, 11.0),
+        run_row("br", 0, 5.0, 21.0),
+        run_row("br", 1, 50.0, 10.0),
+        # Without a `none` of its own pruner.
+        run_row("br", 0, 3.0, 3.0, **{"choice/pruner": "magnitude", "config/pruner.x": 1.0}),
+    ]
+    figure = change_against_none.draw(Runs.of(pd.DataFrame(rows)))
+    calibration, held_out = figure.axes
+    assert [label.get_text() for label in calibration.get_yticklabels()] == ["wanda br", "wanda br_gp"]
+    drawn = [sorted(points.get_offsets()[:, 0].tolist()) for points in calibration.collections]
+    assert drawn == [pytest.approx([-50, -50]), pytest.approx([-80, -70])]
+    drawn = [sorted(points.get_offsets()[:, 0].tolist()) for points in held_out.collections]
+    assert drawn == [pytest.approx([0, 5]), pytest.approx([-40, 10])]
+    with pytest.raises(NothingToDrawError):
+        change_against_none.draw(Runs.of(pd.DataFrame(rows[2:])))
 
 
 def test_gap_needs_the_same_probe() -> None:

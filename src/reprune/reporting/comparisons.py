@@ -19,7 +19,7 @@ from reprune.reporting.paired import paired, paired_texts
 from reprune.reporting.verdicts import AnyClaim, Claim, RankClaim, unmatched, verdict_table
 from reprune.tracking.progress import CONSOLE
 
-TEXT_COLUMNS = ("task", "filter", "claim", "metric", "measure", "threshold", "verdict", "what")
+TEXT_COLUMNS = ("task", "filter", "claim", "metric", "measure", "threshold", "verdict", "experiments", "what")
 
 
 def check_folders(places: Sequence[Path]) -> None:

@@ -6,8 +6,8 @@ from itertools import permutations
 
 import pandas as pd
 
-from reprune.reporting.gap import FREE, last_columns
-from reprune.reporting.replicates import IRRELEVANT, REPLICATES, arm_names, source_keys
+from reprune.reporting.gap import last_columns
+from reprune.reporting.replicates import arm_names, like_runs, source_keys
 from reprune.reporting.verdicts import judge
 
 COLUMNS = (
@@ -34,11 +34,9 @@ def fitting(frame: pd.DataFrame) -> pd.DataFrame:
     finished = frame[frame["state"] == "finished"]
     rows = []
     if len(finished):
-        config = [c for c in map(str, finished) if c.startswith("config/")]
-        shared = [c for c in config if not c.startswith((*FREE, *IRRELEVANT)) and not REPLICATES.fullmatch(c)]
-        alike = pd.Series(["\0".join(map(str, row)) for row in finished[shared].to_numpy()], finished.index)
         names = arm_names(finished)
-        for _, runs in finished.groupby(alike, sort=False):
+        for index in like_runs(finished):
+            runs = finished.loc[index]
             for arm, against in permutations(dict.fromkeys(names[runs.index]), 2):
                 rows += _rows(
                     runs[names[runs.index] == arm], runs[names[runs.index] == against], arm, against

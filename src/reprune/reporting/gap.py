@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from reprune.reporting.replicates import IRRELEVANT, arm_names
+from reprune.reporting.replicates import FREE, IRRELEVANT, arm_names
 
-FREE = ("config/reconstruction", "config/probes", "config/validation")
-"""What a run and its partner may differ in beside what changes no number."""
 COLUMNS = ("id", "arm", "technique", "sequences", "calibration", "held_out", "gap")
 
 

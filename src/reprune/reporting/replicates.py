@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,23 @@ IRRELEVANT = (
     "config/evaluation.",
 )
 """What makes no other arm: it changes no number of the pruned model, or only which numbers there are."""
+
+FREE = ("config/reconstruction", "config/probes", "config/validation")
+"""What runs that differ in reconstruction alone may differ in, beside what changes no number."""
+
+
+def like_runs(frame: pd.DataFrame) -> Iterator[pd.Index]:
+    """The index of each group of runs that agree in all but reconstruction, held-out text, seeds and sets."""
+    shared = [
+        column
+        for column in map(str, frame)
+        if column.startswith("config/")
+        and not column.startswith((*FREE, *IRRELEVANT))
+        and not REPLICATES.fullmatch(column)
+    ]
+    alike = pd.Series(["\0".join(map(str, row)) for row in frame[shared].to_numpy()], frame.index)
+    for _, runs in alike.groupby(alike, sort=False):
+        yield runs.index
 
 
 def set_keys(frame: pd.DataFrame) -> list[str]:

@@ -14,6 +14,7 @@ from reprune.reporting.replicates import arm_names, chosen, metric_of, set_keys,
 
 LEVEL = 0.95
 FEWEST_ARMS = 3
+EXPERIMENTS = "choice/experiments"
 Side = Literal["above", "below"]
 Measure = Literal["difference", "reduction", "ratio"]
 Word = Literal["holds", "does not hold", "cannot say"]
@@ -38,6 +39,11 @@ class Claim:
     side: Side
     threshold: float = 0.0
 
+    @property
+    def arms(self) -> tuple[Mapping[str, Any], ...]:
+        """Which runs it speaks of."""
+        return self.arm, self.against
+
     def effects(self, frame: pd.DataFrame) -> pd.Series:
         """The effect by calibration set, of the sets that both arms have; seeds of one set are averaged first.
 
@@ -52,16 +58,15 @@ class Claim:
 
     def _values(self, frame: pd.DataFrame) -> list[pd.Series]:
         """The metric, or its spread, of `arm` and of `against` by calibration set."""
-        arms = (self.arm, self.against)
         if self.between is None:
-            return [value_by_set(frame, arm, self.metric) for arm in arms]
+            return [value_by_set(frame, arm, self.metric) for arm in self.arms]
         # Of the same kinds in both: one that is missing in one of them would make its spread the smaller one.
         kinds = sorted(
-            {kind for arm in arms for kind in chosen(frame, arm, self.between)[self.between].dropna()}
+            {kind for arm in self.arms for kind in chosen(frame, arm, self.between)[self.between].dropna()}
         )
         each = [
             [value_by_set(frame, {**arm, self.between: kind}, self.metric).rename(kind) for kind in kinds]
-            for arm in arms
+            for arm in self.arms
         ]
         if len(kinds) < 2:
             return [pd.Series(dtype=float)] * 2
@@ -84,6 +89,11 @@ class RankClaim:
     rather_than: str | None = None
     side: Side
     threshold: float = 0.0
+
+    @property
+    def arms(self) -> tuple[Mapping[str, Any], ...]:
+        """Which runs it speaks of."""
+        return (self.among,)
 
     @property
     def measure(self) -> str:
@@ -154,17 +164,24 @@ def unmatched(frame: pd.DataFrame, claims: Sequence[AnyClaim]) -> list[str]:
     finished = frame[frame["state"] == "finished"]
     told = []
     for claim in claims:
-        arms = (claim.arm, claim.against) if isinstance(claim, Claim) else (claim.among,)
         told += [
             f"{claim.name}: no finished run has {', '.join(f'{key}={value}' for key, value in arm.items())}"
-            for arm in arms
+            for arm in claim.arms
             if chosen(finished, arm).empty
         ]
     return told
 
 
+def experiments_of(frame: pd.DataFrame, claim: AnyClaim) -> str:
+    """The experiment files whose runs a claim speaks of: `reprune experiments=NAME` makes them again."""
+    if EXPERIMENTS not in frame:
+        return ""
+    named = [chosen(frame, arm)[EXPERIMENTS].dropna().astype(str) for arm in claim.arms]
+    return ", ".join(sorted(set(pd.concat(named))))
+
+
 def verdict_table(frame: pd.DataFrame, claims: Sequence[AnyClaim]) -> pd.DataFrame:
-    """A row a claim: claim, metric, effect, low, high, sets, threshold, verdict; of the finished runs of `frame`."""
+    """A row a claim: claim, metric, measure, effect, low, high, sets, threshold, verdict, experiments; of finished runs."""
     finished = frame[frame["state"] == "finished"]
     rows = []
     for claim in claims:
@@ -180,6 +197,7 @@ def verdict_table(frame: pd.DataFrame, claims: Sequence[AnyClaim]) -> pd.DataFra
                 "sets": found.num_sets,
                 "threshold": f"{'>' if claim.side == 'above' else '<'} {claim.threshold:g}",
                 "verdict": found.word,
+                "experiments": experiments_of(finished, claim),
             }
         )
     return pd.DataFrame(rows)

@@ -1,0 +1,92 @@
+"""`make evidence`: from experiments/results/evidence_*.csv the verdicts, the README's table of them, and its figure.
+
+The runs themselves take hours: `reprune experiments=evidence/NAME` for each NAME of the table's last column.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+
+import reprune
+from reprune.files import write_text
+from reprune.reporting.comparisons import claims_in
+from reprune.reporting.drawing import STYLE, Runs
+from reprune.reporting.plots import change_against_none
+from reprune.reporting.verdicts import verdict_table
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, CLAIMS = ROOT / "experiments/results", ROOT / "experiments/evidence"
+README, FIGURE, VERDICTS = ROOT / "README.md", ROOT / "docs/evidence.png", RESULTS / "evidence_verdicts.csv"
+BEGIN, END = "<!-- make evidence: begin -->\n", "<!-- make evidence: end -->\n"
+READ = {"main": ("main",), "around": ("main", "around"), "gemma": ("gemma",)}
+"""Which files of runs the claims of a file are about."""
+
+
+def verdicts() -> pd.DataFrame:
+    """A row a claim, of every claims file."""
+    tables = []
+    for claims, names in READ.items():
+        files = [RESULTS / f"evidence_{name}.csv" for name in names]
+        there = [file for file in files if file.is_file()]
+        if there == files:
+            frame = reprune.results(*files)
+            tables.append(verdict_table(frame, claims_in(CLAIMS / f"claims_{claims}.yaml")))
+    return pd.concat(tables, ignore_index=True)
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """The verdicts as the README shows them: shares in percent, effects with their interval."""
+    rows = [
+        {
+            "claim": row["claim"],
+            "effect (95 % interval)": _effect(row),
+            "needed": _needed(row),
+            "sets": row["sets"],
+            "verdict": f"**{row['verdict']}**" if row["verdict"] != "cannot say" else row["verdict"],
+            "runs": ", ".join(f"`{name}`" for name in row["experiments"].split(", ")),
+        }
+        for row in table.sort_values("claim", kind="stable", key=lambda names: names.str[:3]).to_dict(
+            "records"
+        )
+        if row["sets"]
+    ]
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True) + "\n"
+
+
+def _share(row: dict[str, object]) -> bool:
+    return row["measure"] == "reduction"
+
+
+def _number(value: float, *, share: bool) -> str:
+    return f"{100 * value:.1f} %" if share else f"{value:.3f}"
+
+
+def _effect(row: dict[str, object]) -> str:
+    values = [float(str(row[name])) for name in ("effect", "low", "high") if pd.notna(row[name])]
+    mean, *interval = (_number(value, share=_share(row)) for value in values)
+    return f"{mean} ({' to '.join(interval)})" if interval else mean
+
+
+def _needed(row: dict[str, object]) -> str:
+    side, _, value = str(row["threshold"]).partition(" ")
+    return f"{side} {_number(float(value), share=_share(row)).replace('.0 %', ' %')}"
+
+
+def main() -> None:
+    """Write the verdicts, the figure, and the table between the README's marks."""
+    table = verdicts()
+    table.to_csv(VERDICTS, index=False)
+    with mpl.rc_context(dict(STYLE)):
+        figure = change_against_none.draw(Runs.of(reprune.results(RESULTS / "evidence_main.csv")))
+        figure.savefig(FIGURE, dpi=110)
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    assert after, f"{README} has no place for the table"
+    write_text(README, f"{before}{BEGIN}{as_markdown(table)}{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
