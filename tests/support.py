@@ -23,7 +23,7 @@ from reprune.engine.windows import BlockWindow
 from reprune.model.device import DTYPES, DevicePlan
 from reprune.model.loading import LoadedModel, load_model, load_tokenizer
 from reprune.model.tiny import TinyModel
-from reprune.pruning.contract import LayerContext, Pruner
+from reprune.pruning.contract import GradientStatistics, LayerContext, Pruner
 from reprune.pruning.magnitude import Magnitude
 from reprune.reconstruction.technique import Technique
 from reprune.resources import StageMeter
@@ -218,8 +218,22 @@ def block_outputs(model: LoadedModel, tokens_NT: Tensor, batch: int | None = Non
 def layer_context(
     weight: Tensor, inputs: Tensor | Sequence[Tensor], *, block: int = 0, seed: int = 0
 ) -> LayerContext:
-    """A layer whose statistics, Gram included, are those of `inputs` [tokens, d_in]."""
+    """A layer whose statistics, Gram included, are those of `inputs` [tokens, d_in]; its gradients are random."""
     statistics = InputStatistics()
     for part in [inputs] if isinstance(inputs, Tensor) else inputs:
         statistics.add(part, with_gram=True)
-    return LayerContext("layer", block, weight, statistics, generator(seed, "test"))
+    return LayerContext(
+        "layer",
+        block,
+        weight,
+        statistics,
+        generator(seed, "test"),
+        gradients=random_gradients(weight, "loss"),
+        block_gradients=random_gradients(weight, "block"),
+    )
+
+
+def random_gradients(weight: Tensor, name: str, num_sequences: int = 5) -> GradientStatistics:
+    """Gradients of that many sequences by a weight; the same for the same shape and name."""
+    each = torch.randn(num_sequences, *weight.shape, generator=generator(0, "gradients", name))
+    return GradientStatistics(each.mean(dim=0), each.square().mean(dim=0), num_sequences)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reprune.cache import cache_root
 from reprune.pruning.contract import LayerContext, LayerShape, Pruned, Pruner
+from reprune.sparsity.allocation import Layers, SizeAllocation
 from reprune.sparsity.patterns import Group, Pattern
 from reprune.tensor_files import write_tensors
 from support import layer_context, option, options
@@ -152,16 +153,26 @@ def test_patterns_keep_exactly_their_share(pattern_name: str, scores: Tensor) ->
         assert int((~keep).sum()) == round(scores.numel() * sparsity)
 
 
-@pytest.mark.parametrize("allocation_name", options("allocation"))
-@given(sparsity=st.floats(0.0, 0.95), sizes=st.lists(st.integers(1, 10**7), min_size=1, max_size=12))
-def test_allocations_keep_the_budget(allocation_name: str, sparsity: float, sizes: list[int]) -> None:
+SIZE_ALLOCATIONS = [
+    name for name in options("allocation") if isinstance(option("allocation", name), SizeAllocation)
+]
+
+
+@pytest.mark.parametrize("allocation_name", SIZE_ALLOCATIONS)
+@given(
+    sparsity=st.floats(0.0, 0.95),
+    shapes=st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=12),
+)
+def test_allocations_keep_the_budget(
+    allocation_name: str, sparsity: float, shapes: list[tuple[int, int]]
+) -> None:
     """Catches a mean over layers where the mean over parameters is meant, and shares outside [0, 1)."""
-    num_weights = {f"{index}.layer": size for index, size in enumerate(sizes)}
-    found = option("allocation", allocation_name).allocate(num_weights, sparsity)
-    assert set(found) == set(num_weights)
+    layers = Layers({f"{index // 2}.layer{index % 2}": shape for index, shape in enumerate(shapes)})
+    found = option("allocation", allocation_name).allocate(layers, sparsity)
+    assert set(found) == set(layers.shapes)
     assert all(0 <= share < 1 for share in found.values())
-    total = sum(share * num_weights[name] for name, share in found.items())
-    assert total / sum(sizes) == pytest.approx(sparsity, abs=1e-6)
+    total = sum(share * layers.num_weights[name] for name, share in found.items())
+    assert total / sum(layers.num_weights.values()) == pytest.approx(sparsity, abs=1e-6)
 
 
 @pytest.mark.parametrize("schedule_name", options("schedule"))

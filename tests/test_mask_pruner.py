@@ -17,6 +17,7 @@ from helpers import overrides_for, plan_of, run_tiny, state_bytes
 from reprune import run
 from reprune.errors import ConfigError
 from reprune.model.tiny import TinyModel
+from reprune.sparsity.allocation import Layers, SizeAllocation
 from reprune.sparsity.one_shot import OneShot
 from support import option
 
@@ -403,12 +404,12 @@ def test_weights_that_are_not_there(tmp_path: Path, wanda: Path) -> None:
 
 
 @dataclass(kw_only=True)
-class Half:
+class Half(SizeAllocation):
     """An allocation that is not the uniform one."""
 
-    def allocate(self, num_weights: Mapping[str, int], sparsity: float) -> dict[str, float]:
+    def allocate(self, layers: Layers, sparsity: float) -> dict[str, float]:
         """Half of everything."""
-        return dict.fromkeys(num_weights, 0.5)
+        return dict.fromkeys(layers.shapes, 0.5)
 
 
 @dataclass(kw_only=True)

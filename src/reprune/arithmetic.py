@@ -37,7 +37,7 @@ def guessed_seconds(plan: RunPlan) -> float:
             read += _tokens(request)
             written += _tokens(request) if request.source.needs_model else 0
     evaluated = sum(text.tokens_NT.numel() for entry in plan.suite for text in entry.texts.values())
-    rounds = len(plan.rounds)
+    rounds = len(plan.steps)
     forward = 2 * shapes.num_block_parameters * PASSES * rounds * read
     forward += 2 * shapes.num_parameters * (2 * evaluated + WRITING * written)
     training = 0

@@ -28,12 +28,14 @@ from reprune.identity import canonical, schedule_identity, technique_identity
 from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan, plan_device
 from reprune.model.loading import load_config, load_tokenizer
-from reprune.pruning.contract import Pruner
+from reprune.pruning.contract import Needs, Pruner
+from reprune.pruning.refinement import Refinement, needs_of
 from reprune.reconstruction.objective import check_lengths
 from reprune.reconstruction.technique import Technique
+from reprune.rounds import allocated, check_gradient_text, check_refinement
 from reprune.run_folder import RunFolder, config_hash
 from reprune.shapes import Shapes, Sizes, check_room, existing, shapes_of, sizes_of
-from reprune.sparsity.allocation import Allocation
+from reprune.sparsity.allocation import ModelAllocation, SizeAllocation
 from reprune.sparsity.patterns import Pattern, Unstructured
 from reprune.sparsity.schedule import Schedule
 from reprune.sparsity.uniform import Uniform
@@ -42,7 +44,10 @@ from reprune.tracking.contract import Tracking
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run that was checked: every object built, every text cut that needs no model, sizes known."""
+    """A run that was checked: every object built, every text cut that needs no model, sizes known.
+
+    `steps` are the schedule's sparsities, `rounds` what the allocation makes of them by layer: None where it reads the model.
+    """
 
     composed: Composed
     source: ModelSource
@@ -52,7 +57,10 @@ class RunPlan:
     pruner: Pruner
     pattern: Pattern
     sparsity: float
-    rounds: list[dict[str, float]]
+    steps: list[float]
+    rounds: list[dict[str, float]] | None
+    allocation: SizeAllocation | ModelAllocation
+    refinement: Refinement | None
     schedule: Schedule
     technique: Technique
     requests: list[Request]
@@ -70,6 +78,17 @@ class RunPlan:
         return sha256_of_json(
             {name: it for name, it in self.identity.items() if name not in ("dtype", "device")}
         )
+
+    @property
+    def needs(self) -> Needs:
+        """What the pruner and the refinement read."""
+        return needs_of(self.pruner, self.refinement)
+
+    @property
+    def num_windows(self) -> int:
+        """Windows over blocks."""
+        technique = self.technique
+        return len(windows_over(self.shapes.num_blocks, technique.window, technique.stride))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -105,7 +124,10 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
     technique: Technique = build(config["reconstruction"], "reconstruction", where)
     pattern: Pattern = build(config["pattern"], "pattern", where)
     pruner: Pruner = build(config["pruner"], "pruner", where)
-    allocation = build(config["allocation"], "allocation", where)
+    refinement: Refinement | None = (
+        None if config["refine"] is None else build(config["refine"], "refine", where)
+    )
+    allocation: SizeAllocation | ModelAllocation = build(config["allocation"], "allocation", where)
     schedule = build(config["schedule"], "schedule", where)
     tracking: Tracking = build(config["tracking"], "tracking", where)
     source: ModelSource = build(config["model"], "model", where)
@@ -140,17 +162,22 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
         pruner.check(pattern)
         for name, layer in shapes.target_layers.items():
             pattern.check_shape(name, layer.shape)
+    rounds: list[dict[str, float]] | None
     brought = pruner.brings(shapes.target_layers, pattern, known=shapes.layers)
     if brought is not None:
         _check_nothing_else_decides(config["sparsity"], allocation, schedule)
         sparsity = _total(brought, shapes.num_weights)
-        rounds = [dict(brought)]
+        steps, rounds = [sparsity], [dict(brought)]
     else:
         steps = list(schedule.steps(sparsity)) if pruner.needs.prunes else [sparsity]
-        if len(steps) > 1:
+        # Masks that are chosen anew need not remove more in every round.
+        if len(steps) > 1 and schedule.masks == "monotone":
             pattern.check_steps(steps)
-        rounds = [allocation.allocate(shapes.num_weights, step) for step in steps]
+        rounds = allocated(allocation, shapes.to_allocate, pruner, pattern, steps, list(validation))
+    check_refinement(refinement, pruner)
+    needs = needs_of(pruner, refinement)
     requests = requests_of(mask_data, reconstruction_data, validation, probes)
+    check_gradient_text(needs, requests)
     for request in requests:
         request.source.check(request.key)
         resolve_bos(request.source.bos, tokenizer, request.key)
@@ -178,7 +205,8 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
         "schedule": schedule_identity(
             schedule, sparsity, technique.trains or technique.layerwise is not None
         ),
-        "technique": technique_identity(technique, pruner, len(rounds)),
+        "technique": technique_identity(technique, needs, len(steps)),
+        **({} if refinement is None else {"refinement": canonical(refinement)}),
         "targets": shapes.targets if len(shapes.targets) < len(shapes.layers) else "all",
         "sparsity": sparsity,
         "seeds": [seed_data, seed_training],
@@ -195,9 +223,10 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
     check_suite(suite, shapes.max_length)
     texts, waiting = cut_all(requests, tokenizer, None, seed_data)
     exports = config["export"]["model"]
-    sizes = sizes_of(texts, waiting, shapes, technique, device, len(rounds), exports)
+    sizes = sizes_of(texts, waiting, shapes, technique, device, needs, len(steps), exports)
     plan = RunPlan(
-        composed, source, tokenizer, device, shapes, pruner, pattern, sparsity, rounds, schedule, technique, requests,
+        composed, source, tokenizer, device, shapes, pruner, pattern, sparsity, steps, rounds, allocation, refinement,
+        schedule, technique, requests,
         suite, tracking, folder, identity, seed_data, seed_training, sizes,
     )  # fmt: skip
     if here and not folder.finished:
@@ -216,7 +245,7 @@ def _total(layer_sparsity: Mapping[str, float], num_weights: Mapping[str, int]) 
     return removed / sum(num_weights[name] for name in layer_sparsity)
 
 
-def _check_nothing_else_decides(sparsity: float | None, allocation: Allocation, schedule: Schedule) -> None:
+def _check_nothing_else_decides(sparsity: float | None, allocation: object, schedule: Schedule) -> None:
     """ConfigError for choices that masks which are there already leave nothing to decide for."""
     problem = "the pruner brings its own masks, which nothing else decides"
     if sparsity is not None:

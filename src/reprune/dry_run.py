@@ -23,20 +23,23 @@ def show(plan: RunPlan) -> None:
     kinds = Counter(
         (re.sub(r"\.\d+(?=\.|$)", ".*", name.split(".", 1)[1]), shape)
         for name, shape in shapes.linears.items()
-        if name in plan.rounds[-1]
+        if name in shapes.target_layers
     )
     for (name, (d_out, d_in)), count in kinds.items():
         table.add_row("", f"{count} × {name} [{d_out} × {d_in}]")
-    removed = sum(shapes.num_weights[name] * share for name, share in plan.rounds[-1].items())
+    shares = dict.fromkeys(shapes.targets, plan.sparsity) if plan.rounds is None else plan.rounds[-1]
+    removed = sum(shapes.num_weights[name] * share for name, share in shares.items())
     table.add_row(
         "pruned",
         f"{removed / 1e6:,.1f} M of {prunable / 1e6:,.1f} M prunable weights ({removed / prunable:.1%})",
     )
     if len(shapes.targets) < len(shapes.layers):
         table.add_row("", f"{len(shapes.targets)} of {len(shapes.layers)} layers; the others stay dense")
-    if len(plan.rounds) > 1:
-        shares = ", ".join(f"{step:.1%}" for step in plan.schedule.steps(plan.sparsity))
-        table.add_row("schedule", f"{len(plan.rounds)} rounds: {shares}")
+    if plan.rounds is None:
+        table.add_row("", f"by layer as {type(plan.allocation).__name__} finds it in the dense model")
+    if len(plan.steps) > 1:
+        steps = ", ".join(f"{step:.1%}" for step in plan.steps)
+        table.add_row("schedule", f"{len(plan.steps)} rounds: {steps}")
     table.add_row("reconstruction", _in_words(technique))
     for request in plan.requests:
         source = request.source

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-from reprune.pruning.contract import Pruner
+from reprune.pruning.contract import Needs
 from reprune.reconstruction.technique import Technique
 from reprune.sparsity.schedule import Schedule
 
@@ -18,13 +18,13 @@ def canonical(built: object) -> dict[str, Any]:
     return {"class": type(built).__qualname__, **(asdict(built) if identity is None else identity())}
 
 
-def technique_identity(technique: Technique, pruner: Pruner, num_rounds: int) -> dict[str, Any]:
+def technique_identity(technique: Technique, needs: Needs, num_rounds: int) -> dict[str, Any]:
     """What of a technique changes a number: fields that nothing reads are left out, so that equal runs are one run."""
     fields = canonical(technique)
     unread = {
         *(["rank", "lora_scale"] if technique.trainable != "masked_lora" else []),
         *(["patience"] if technique.stop_on is None else []),
-        *(["statistics_chain"] if not pruner.needs.any else []),
+        *(["statistics_chain"] if not (needs.any or needs.block_gradients) else []),
     }
     if not technique.trains:
         read = {"statistics_chain", "within_block", "layerwise"}

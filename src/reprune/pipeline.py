@@ -19,6 +19,8 @@ from reprune.calibration.roles import Texts
 from reprune.calibration.tokens import POSITIONS
 from reprune.check import RunPlan
 from reprune.engine.activations import Stores
+from reprune.engine.dense_pass import DensePass
+from reprune.engine.gradients import ModelGradients
 from reprune.engine.layers import PruningPlan
 from reprune.engine.loop import BlockLoop
 from reprune.engine.state import RunState
@@ -29,6 +31,7 @@ from reprune.model.loading import LoadedModel, load_model
 from reprune.records import block_metrics
 from reprune.resources import StageMeter
 from reprune.result import result_of, summary_of
+from reprune.rounds import measured_rounds
 from reprune.run_folder import RunFolder, environment_of
 from reprune.tensor_files import write_tensors
 from reprune.tracking.contract import RunInfo, Tracker
@@ -127,7 +130,10 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
             folder.mark(
                 "running", block=len(folder.blocks()), windows_done=windows, blocks_begun_s=time.time()
             )
-        rows, masks = _block_loop(plan, model, texts, meter, view, tracker, after_commit).run()
+        loop = _block_loop(plan, model, texts, meter, view, tracker, after_commit)
+        rows, masks = loop.run()
+        if loop.pruning.gradients is not None:
+            loop.pruning.gradients.forget()
         folder.write_blocks(rows)
         view.clear()
         with meter.stage("evaluation"):
@@ -166,30 +172,51 @@ def _block_loop(
             tracker.log(block_metrics(row), step={"block/index": row["block"]})
         after_commit(windows)
 
+    hidden, in_files = plan.shapes.hidden_size, plan.sizes.activations_on_disk
+    stores = Stores(plan.device.dtype, hidden, folder.path / "activations", in_files)
     return BlockLoop(
         model=model,
         texts=texts,
-        pruning=PruningPlan(
-            plan.pruner,
-            plan.pattern,
-            plan.rounds,
-            plan.seed_training,
-            plan.schedule.masks,
-            plan.schedule.reconstruct,
-        ),
+        pruning=_pruning_plan(plan, model, texts, stores, meter),
         technique=plan.technique,
-        stores=Stores(
-            plan.device.dtype,
-            plan.shapes.hidden_size,
-            folder.path / "activations",
-            plan.sizes.activations_on_disk,
-        ),
+        stores=stores,
         state=state,
         meter=meter,
         listener=view,
         seed_training=plan.seed_training,
         after_commit=committed,
     )
+
+
+def _pruning_plan(
+    plan: RunPlan, model: LoadedModel, texts: Texts, stores: Stores, meter: StageMeter
+) -> PruningPlan:
+    """What is pruned how; what an allocation or a method reads of the dense model is measured here, once a run."""
+    state = RunState(plan.folder.state)
+    layers = plan.shapes.to_allocate
+    rounds = plan.rounds
+    if rounds is None:
+        with meter.stage("allocation"):
+            dense = DensePass(model, texts, layers, plan.pruner, plan.pattern, stores, plan.seed_training)
+            rounds = measured_rounds(plan.allocation, dense, plan.steps, plan.folder.path / "allocation.json")
+    gradients = ModelGradients(state.folder / "gradients") if plan.needs.gradients else None
+    pruning = PruningPlan(
+        plan.pruner,
+        plan.pattern,
+        rounds,
+        plan.seed_training,
+        plan.schedule.masks,
+        plan.schedule.reconstruct,
+        plan.refinement,
+        gradients,
+    )
+    if gradients is not None and not gradients.made and state.windows_done() < plan.num_windows:
+        with meter.stage("gradients"):
+            every = [pruning.layers(model, block) for block in range(len(model.blocks))]
+            named = plan.needs.gradient_text
+            read = [text for text in texts.mask if named in (None, text.name)]
+            gradients.make(model, read, every, stores)
+    return pruning
 
 
 def complete(plan: RunPlan) -> bool:

@@ -40,6 +40,7 @@ class RunConfig:
     probes: dict[str, Any] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
     pruner: Any = MISSING
+    refine: Any = None
     pattern: Any = MISSING
     allocation: Any = MISSING
     schedule: Any = MISSING

@@ -18,8 +18,9 @@ from reprune.model.device import DevicePlan
 from reprune.model.linears import linears_of
 from reprune.model.loading import hidden_size_of, skeleton
 from reprune.model.targets import targeted
-from reprune.pruning.contract import LayerShape
+from reprune.pruning.contract import LayerShape, Needs
 from reprune.reconstruction.technique import LANGUAGE, Technique
+from reprune.sparsity.allocation import Layers
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Shapes:
     def target_layers(self) -> dict[str, LayerShape]:
         """The layers that are pruned."""
         return {name: self.layers[name] for name in self.targets}
+
+    @property
+    def to_allocate(self) -> Layers:
+        """The layers that are pruned, as allocations see them."""
+        return Layers({name: layer.shape for name, layer in self.target_layers.items()})
 
     @property
     def num_prunable(self) -> int:
@@ -101,6 +107,7 @@ def sizes_of(
     shapes: Shapes,
     technique: Technique,
     device: DevicePlan,
+    needs: Needs,
     num_rounds: int,
     exports_model: bool,
 ) -> Sizes:
@@ -111,6 +118,9 @@ def sizes_of(
     tokens += sum((request.source.num_sequences or 0) * (request.source.length or 0) for request in waiting)
     # Dense boundaries of a window, the pruned chain, and one being written.
     activations = tokens * shapes.hidden_size * (window + 1 + 3) * width
+    if needs.gradients:
+        # Every boundary of the dense chain, and two of gradients in float32.
+        activations = max(activations, tokens * shapes.hidden_size * ((shapes.num_blocks + 2) * width + 8))
     weights = shapes.num_parameters * width
     block = shapes.num_block_parameters // shapes.num_blocks
     # Float32 weights, gradient and two moments; the best weights so far; the anchor.
@@ -123,8 +133,11 @@ def sizes_of(
         )
         training += 4 * outside + 8 * logits * shapes.vocabulary_size
     dense = block * window * width if technique.needs_dense_weights or num_rounds > 1 else 0
+    # A block in float32 with its gradients, their sums and their squares; files of the latter for all blocks.
+    training = max(training, block * 16 if needs.gradients or needs.block_gradients else 0)
     memory = weights + activations + training + dense + _statistics(shapes, technique) + 700 * 2**20
     disk = shapes.num_block_parameters * width * 17 // 16 + 64 * 2**20 + (weights if exports_model else 0)
+    disk += 8 * shapes.num_block_parameters if needs.gradients else 0
     return Sizes(memory, disk, activations)
 
 

@@ -86,15 +86,23 @@ class Stores:
     on_disk: bool
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    def new(self, num_sequences: int, length: int, positions_NT: Tensor | None = None) -> Activations:
-        """An empty store for a text of that size."""
+    def new(
+        self,
+        num_sequences: int,
+        length: int,
+        positions_NT: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Activations:
+        """An empty store for a text of that size, of another `dtype` where one is given."""
+        dtype = dtype or self.dtype
         shape = (num_sequences, length, self.hidden_size)
         if not self.on_disk:
-            return Activations(shape, self.dtype, None, positions_NT)
+            return Activations(shape, dtype, None, positions_NT)
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{next(self._numbers)}.activations"
         try:
-            return Activations(shape, self.dtype, file, positions_NT)
+            return Activations(shape, dtype, file, positions_NT)
         except (OSError, RuntimeError) as error:
             raise RunError(
                 f"activations cannot be stored in {self.folder}: {error}; free disk space"

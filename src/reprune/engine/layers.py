@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from reprune.calibration.roles import Texts
 from reprune.calibration.source import TextSet
 from reprune.engine.chains import Boundary, Chains
+from reprune.engine.gradients import ModelGradients, block_gradients
 from reprune.engine.statistics import InputStatistics, collecting
 from reprune.errors import RunError
 from reprune.model.linears import LinearView
 from reprune.model.loading import LoadedModel
-from reprune.pruning.contract import LayerContext, Pruner
+from reprune.pruning.contract import GradientStatistics, LayerContext, Needs, Pruner
+from reprune.pruning.refinement import Refinement, needs_of, refined
 from reprune.reconstruction.least_squares import PairStatistics
 from reprune.reconstruction.technique import Technique
 from reprune.resources import StageMeter
@@ -35,7 +37,8 @@ Views = Mapping[str, LinearView]
 class PruningPlan:
     """What is pruned how: the method, the pattern, for each round a sparsity by layer ('block.name'), the seed.
 
-    Layers that are not named stay dense. `masks` and `reconstruct` are the schedule's.
+    Layers that are not named stay dense. `masks` and `reconstruct` are the schedule's; `gradients` are there where they
+    are needed.
     """
 
     pruner: Pruner
@@ -44,6 +47,13 @@ class PruningPlan:
     seed: int
     masks: Masks = "monotone"
     reconstruct: ReconstructAt = "end"
+    refinement: Refinement | None = None
+    gradients: ModelGradients | None = None
+
+    @property
+    def needs(self) -> Needs:
+        """What the method and the refinement read."""
+        return needs_of(self.pruner, self.refinement)
 
     def layers(self, model: LoadedModel, block: int) -> dict[str, LinearView]:
         """The layers of a block that are pruned."""
@@ -84,6 +94,7 @@ class BlockPruning:
         masks: dict[str, Tensor] = {}
         rows: dict[str, Any] = {}
         remaining = self.plan.layers(model, self.block)
+        gradients = self._gradients(remaining)
         with model.plan.holding(model.blocks[self.block]):
             while remaining:
                 with self.meter.stage("statistics"):
@@ -93,7 +104,7 @@ class BlockPruning:
                 with self.meter.stage("pruning"):
                     for name, view in group.items():
                         masks[name], rows[name] = self._prune_layer(
-                            name, view, statistics.get(name), solving.get(name)
+                            name, view, statistics.get(name), solving.get(name), gradients(name)
                         )
                         del remaining[name]
         # In the model's order, whatever the order of pruning was.
@@ -117,9 +128,28 @@ class BlockPruning:
             if view.stage == stage or (name in found and found[name] is found[first])
         }
 
+    def _gradients(self, views: Views) -> Callable[[str], dict[str, GradientStatistics]]:
+        """By layer the fields of LayerContext with gradients, of those that are needed."""
+        found: dict[str, Mapping[str, GradientStatistics]] = {}
+        if self.plan.needs.gradients:
+            assert self.plan.gradients is not None
+            found["gradients"] = self.plan.gradients.of(self.block)
+        if self.plan.needs.block_gradients and views:
+            with self.meter.stage("gradients"):
+                found["block_gradients"] = block_gradients(
+                    self.chains, self.block, self._read_chain, self.texts.mask, views
+                )
+        device = self.chains.model.plan.device
+        return lambda name: {kind: by_layer[name].to(device) for kind, by_layer in found.items()}
+
+    @property
+    def _read_chain(self) -> Boundary:
+        """What enters the block where the pruner's statistics are taken."""
+        return self.inputs if self.technique.statistics_chain == "sparse" else self.dense_inputs
+
     @property
     def _reads_inputs(self) -> bool:
-        return self.plan.pruner.needs.any or self._solves
+        return self.plan.needs.any or self._solves
 
     @property
     def _solves(self) -> bool:
@@ -129,13 +159,12 @@ class BlockPruning:
 
     def _statistics(self, group: Views) -> dict[str, InputStatistics]:
         """What the pruner reads: of the block as it is now, on the input of the chain that was asked for."""
-        needs = self.plan.pruner.needs
+        needs = self.plan.needs
         if not needs.any:
             return {}
-        chain = self.inputs if self.technique.statistics_chain == "sparse" else self.dense_inputs
         # The solver can go on with a Gram of the same tokens.
         gram = needs.gram or self._solver_shares_statistics
-        return collect(self.chains, self.block, chain, self.texts.mask, group, gram)
+        return collect(self.chains, self.block, self._read_chain, self.texts.mask, group, gram)
 
     @property
     def _solver_shares_statistics(self) -> bool:
@@ -188,6 +217,7 @@ class BlockPruning:
         view: LinearView,
         statistics: InputStatistics | None,
         solving: tuple[InputStatistics, PairStatistics | None] | None,
+        gradients: Mapping[str, GradientStatistics],
     ) -> tuple[Tensor, dict[str, Any]]:
         """Prune one layer in place: its keep mask in the stored layout, its row."""
         plan, full = self.plan, f"{self.block}.{name}"
@@ -200,8 +230,10 @@ class BlockPruning:
             weight = torch.where(earlier, weight, self._dense(view))
         elif earlier is not None:
             removed = ~earlier
-        context = LayerContext(name, self.block, weight, statistics, stream, removed)
+        context = LayerContext(name, self.block, weight, statistics, stream, removed, **gradients)
         pruned = plan.pruner.prune(context, plan.pattern, plan.rounds[self.number][full])
+        if plan.refinement is not None:
+            pruned = refined(plan.refinement, context, pruned, plan.pattern)
         if removed is not None and bool((pruned.keep & removed).any()):
             raise RunError(f"{place}: {type(plan.pruner).__name__} brought weights back that an earlier round removed; use schedule.masks=free")  # fmt: skip
         notes = [*pruned.notes, *(statistics.notes if statistics is not None else [])]
@@ -215,6 +247,7 @@ class BlockPruning:
             "weights": pruned.keep.numel(),
             "removed": int((~pruned.keep).sum()),
             "notes": notes,
+            **({"facts": dict(pruned.facts)} if pruned.facts else {}),
         }
         if statistics is not None:
             row["tokens"] = statistics.num_tokens

@@ -20,9 +20,10 @@ STARVED = "no token was routed here: ranked by its weights alone"
 
 @dataclass
 class InputStatistics:
-    """Sums over the tokens that a layer saw: Σ x² [d_in] and Σ x xᵀ [d_in, d_in], float32, and remarks on them."""
+    """Sums over the tokens that a layer saw: Σ x, Σ x² [d_in] and Σ x xᵀ [d_in, d_in], float32, and remarks on them."""
 
     num_tokens: int = 0
+    sums: Tensor | None = None
     sum_squares: Tensor | None = None
     gram: Tensor | None = None
     notes: list[str] = field(default_factory=list)
@@ -32,16 +33,20 @@ class InputStatistics:
     def of_no_token(cls, num_features: int, device: torch.device, with_gram: bool) -> InputStatistics:
         """Of inputs that are alike in all directions: what is known of an expert that no token was routed to."""
         gram = torch.eye(num_features, device=device) if with_gram else None
-        return cls(0, torch.ones(num_features, device=device), gram, [STARVED])
+        zeros = torch.zeros(num_features, device=device)
+        return cls(0, zeros, torch.ones(num_features, device=device), gram, [STARVED])
 
     @torch.no_grad()
     def add(self, inputs: Tensor, with_gram: bool) -> None:
         """Add the tokens of `inputs` [..., d_in]."""
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if self.sum_squares is None:
+            self.sums = torch.zeros(x.shape[1], device=x.device)
             self.sum_squares = torch.zeros(x.shape[1], device=x.device)
             self.gram = torch.zeros(x.shape[1], x.shape[1], device=x.device) if with_gram else None
         self.num_tokens += len(x)
+        assert self.sums is not None
+        self.sums += x.sum(dim=0)
         self.sum_squares += x.square().sum(dim=0)
         if self.gram is not None:
             self.gram.addmm_(x.T, x)
@@ -51,6 +56,18 @@ class InputStatistics:
         """‖X_j‖₂ of every input feature, [d_in]."""
         assert self.sum_squares is not None
         return self.sum_squares.sqrt()
+
+    @property
+    def mean(self) -> Tensor:
+        """E[X_j] of every input feature, [d_in]; zero where no token was seen."""
+        assert self.sums is not None
+        return self.sums / max(1, self.num_tokens)
+
+    @property
+    def variance(self) -> Tensor:
+        """Var[X_j] = E[X_j²] − E[X_j]² of every input feature, [d_in]."""
+        assert self.sum_squares is not None
+        return (self.sum_squares / max(1, self.num_tokens) - self.mean.square()).clamp(min=0)
 
     @property
     def dead(self) -> Tensor:

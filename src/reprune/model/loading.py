@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from reprune.errors import ConfigError, RunError
-from reprune.model.blocks import BlockCall, Wraps, find_blocks, placed, record_calls, same_calls
+from reprune.model.blocks import (
+    BlockCall,
+    Wraps,
+    find_blocks,
+    passing_on,
+    placed,
+    record_calls,
+    same_calls,
+)
 from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan
 from reprune.model.documents import documents_apart
@@ -163,6 +171,25 @@ class LoadedModel:
         logits = output.logits
         assert isinstance(logits, Tensor)
         return logits
+
+    @property
+    def outside_blocks(self) -> list[nn.Module]:
+        """The modules without children that lie outside the blocks: embeddings, norms, the head."""
+        inside = {id(module) for module in self.blocks.modules()}
+        every = self.model.modules()
+        return [module for module in every if id(module) not in inside and not any(module.children())]
+
+    def logits_behind_blocks(
+        self, tokens_BT: Tensor, states_BTH: Tensor, positions_BT: Tensor | None = None
+    ) -> Tensor:
+        """Logits [batch, tokens, vocabulary] of what the last block puts out, with gradients; no block runs.
+
+        The caller holds `outside_blocks` on the device.
+        """
+        # Blocks are recorded first, which tells what they return behind the hidden states.
+        self._recorded(tokens_BT.shape, positions_BT)
+        with passing_on(self.blocks, states_BTH, self._wraps):
+            return self.differentiable_logits(tokens_BT, {}, positions_BT)
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer so that plain transformers loads them."""

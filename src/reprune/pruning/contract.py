@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
@@ -17,16 +17,51 @@ from reprune.sparsity.patterns import Group, Pattern
 
 @dataclass(frozen=True)
 class Needs:
-    """Which statistics of a layer's input a method reads, and whether it removes anything at all."""
+    """What a method reads of a layer, and whether it removes anything at all.
+
+    `norm`: sums over its inputs (norms, means, variances); `gram`: Σ x xᵀ too. `gradients`: of the dense model's
+    language-model loss, on the text of the mask data with the name `gradient_text` (None: on all of it).
+    `block_gradients`: of the norm of the block's own output.
+    """
 
     norm: bool = False
     gram: bool = False
+    gradients: bool = False
+    gradient_text: str | None = None
+    block_gradients: bool = False
     prunes: bool = True
 
     @property
     def any(self) -> bool:
-        """Whether any pass over the calibration text is needed."""
+        """Whether statistics of a layer's inputs are needed."""
         return self.norm or self.gram
+
+    def __or__(self, other: Needs) -> Needs:
+        assert None in (self.gradient_text, other.gradient_text)
+        return Needs(
+            norm=self.norm or other.norm,
+            gram=self.gram or other.gram,
+            gradients=self.gradients or other.gradients,
+            gradient_text=self.gradient_text or other.gradient_text,
+            block_gradients=self.block_gradients or other.block_gradients,
+            prunes=self.prunes or other.prunes,
+        )
+
+
+@dataclass(frozen=True)
+class GradientStatistics:
+    """Of the gradient of a sequence's loss by a layer's weight, over sequences: float32 [d_out, d_in] each.
+
+    `mean` is Σ_n g_n / N, the gradient of the mean loss; `mean_square` is Σ_n g_n² / N.
+    """
+
+    mean: Tensor
+    mean_square: Tensor
+    num_sequences: int
+
+    def to(self, device: torch.device) -> GradientStatistics:
+        """The same on another device."""
+        return GradientStatistics(self.mean.to(device), self.mean_square.to(device), self.num_sequences)
 
 
 @dataclass(frozen=True)
@@ -67,6 +102,22 @@ class LayerContext:
     statistics: InputStatistics | None
     generator: torch.Generator
     removed: Tensor | None = None
+    gradients: GradientStatistics | None = None
+    block_gradients: GradientStatistics | None = None
+
+    @property
+    def loss_gradients(self) -> GradientStatistics:
+        """Gradients of the language-model loss, for methods that asked for them."""
+        assert self.gradients is not None, f"{self.name}: the method did not ask for gradients"
+        return self.gradients
+
+    @property
+    def regional_gradients(self) -> GradientStatistics:
+        """Gradients of the norm of the block's output, for methods that asked for them."""
+        assert self.block_gradients is not None, (
+            f"{self.name}: the method did not ask for gradients of the block"
+        )
+        return self.block_gradients
 
     @property
     def inputs(self) -> InputStatistics:
@@ -77,11 +128,15 @@ class LayerContext:
 
 @dataclass(frozen=True)
 class Pruned:
-    """New weight (dtype as given, zero where not kept), keep mask bool [d_out, d_in], and remarks for the record."""
+    """New weight (dtype as given, zero where not kept), keep mask bool [d_out, d_in].
+
+    `notes` are remarks that a person should see, `facts` what else goes into the record.
+    """
 
     weight: Tensor
     keep: Tensor
     notes: Sequence[str] = ()
+    facts: Mapping[str, int | float] = field(default_factory=dict)
 
 
 class Pruner(Protocol):

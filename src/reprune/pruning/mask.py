@@ -123,7 +123,7 @@ class _Brought:
         def compare(folder: Path) -> None:
             for name, measured in self.sparsity.items():
                 # Groups of columns have a sparsity of their own, whatever share a mask removes.
-                share = measured if pattern.columns is None else pattern.resolve(None)
+                share = measured if pattern.varies else pattern.resolve(None)
                 keep = self.keep(name)
                 if not torch.equal(pattern.keep(keep.float(), share, Group.MATRIX), keep):
                     raise ConfigError(

@@ -168,4 +168,6 @@ def _optimiser(parameters: list[nn.Parameter], technique: Technique) -> torch.op
         return torch.optim.AdamW(parameters, lr=rate, betas=(first, second), weight_decay=decay, fused=True)
     if technique.optimiser == "adam":
         return torch.optim.Adam(parameters, lr=rate, betas=(first, second), weight_decay=decay, fused=True)
+    if technique.optimiser == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=rate, alpha=second, weight_decay=decay)
     return torch.optim.SGD(parameters, lr=rate, momentum=first, weight_decay=decay)

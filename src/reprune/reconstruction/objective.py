@@ -117,12 +117,17 @@ class LanguageObjective:
         }
         positions = None if self.positions_NT is None else self.positions_NT[list(samples)]
         logits = self.model.differentiable_logits(tokens, replaced, positions)
-        targets = tokens[:, 1:]
-        if positions is not None:
-            targets = targets.masked_fill(positions[:, 1:].to(targets.device) == 0, _NOT_PREDICTED)
-        return nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=_NOT_PREDICTED
-        )
+        return next_token_loss(logits, tokens, positions)
+
+
+def next_token_loss(logits_BTV: Tensor, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
+    """Mean next-token cross-entropy, nats; the first token of a text, where positions begin anew, is predicted by nothing."""
+    targets = tokens_BT[:, 1:]
+    if positions_BT is not None:
+        targets = targets.masked_fill(positions_BT[:, 1:].to(targets.device) == 0, _NOT_PREDICTED)
+    return nn.functional.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=_NOT_PREDICTED
+    )
 
 
 def check_lengths(lengths: Sequence[int]) -> None:

@@ -41,7 +41,7 @@ class Technique:
     counts), and training ends after `patience` epochs without a lower one.
 
     Defaults of the optimiser are the study's: Adam(0.9, 0.95), lr 2e-4 with linear decay, no weight decay, batch 8;
-    `clip_norm` bounds the norm of the true gradient; with `sgd` the first of `betas` is its momentum. `rank` and `lora_scale` belong to `trainable: masked_lora`.
+    `clip_norm` bounds the norm of the true gradient; with `sgd` the first of `betas` is its momentum, with `rmsprop` the second its decay of squares. `rank` and `lora_scale` belong to `trainable: masked_lora`.
     """
 
     granularity: Literal["block", "submodule"] = "block"
@@ -60,7 +60,7 @@ class Technique:
     anchor: float = 0.0
     stop_on: str | None = None
     patience: int = 2
-    optimiser: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimiser: Literal["adamw", "adam", "rmsprop", "sgd"] = "adamw"
     epochs: int = 10
     batch_size: int = 8
     learning_rate: float = 2e-4

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import floor
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +30,20 @@ class Pattern(Protocol):
         """How many consecutive inputs are decided together; None where any choice is allowed."""
         ...
 
+    @property
+    def varies(self) -> bool:
+        """Whether layers may have sparsities of their own."""
+        ...
+
     def resolve(self, sparsity: float | None) -> float:
         """The sparsity to use for the one the user gave; ConfigError where they do not go together."""
+        ...
+
+    def settle(self, shares: Mapping[str, float], num_weights: Mapping[str, int]) -> dict[str, float]:
+        """The sparsities by layer ('block.name') that the pattern can hold and that come nearest to `shares`.
+
+        Their mean weighted by `num_weights` is that of `shares`, as near as whole counts come to it.
+        """
         ...
 
     def check_shape(self, layer: str, shape: tuple[int, int]) -> None:
@@ -77,6 +90,15 @@ class Unstructured:
         """None: no grid."""
         return None
 
+    @property
+    def varies(self) -> bool:
+        """Every layer may have its own."""
+        return True
+
+    def settle(self, shares: Mapping[str, float], num_weights: Mapping[str, int]) -> dict[str, float]:
+        """The shares as they are."""
+        return dict(shares)
+
     def resolve(self, sparsity: float | None) -> float:
         """0.5 where none is given; must lie in [0, 1)."""
         if sparsity is None:
@@ -99,10 +121,14 @@ class Unstructured:
 
 @dataclass(kw_only=True)
 class KeptOfGroup:
-    """N:M as kept:group: of every `group` consecutive inputs of an output, `kept` stay (2:4 keeps 2 of 4)."""
+    """N:M as kept:group: of every `group` consecutive inputs of an output, `kept` stay (2:4 keeps 2 of 4).
+
+    `mixed`: `kept` is the mean, and every block keeps a count of its own, as the allocation has it.
+    """
 
     kept: int
     group: int
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         require_positive(kept=self.kept, group=self.group)
@@ -115,14 +141,44 @@ class KeptOfGroup:
                 hint="N:M is kept:group here, so 2:4 is kept=2 group=4",
             )
 
+    def identity(self) -> dict[str, Any]:
+        """What changes a number."""
+        return {"kept": self.kept, "group": self.group, **({"mixed": True} if self.mixed else {})}
+
     @property
     def columns(self) -> int | None:
         """The group."""
         return self.group
 
+    @property
+    def varies(self) -> bool:
+        """Where it is mixed."""
+        return self.mixed
+
+    def settle(self, shares: Mapping[str, float], num_weights: Mapping[str, int]) -> dict[str, float]:
+        """Mixed: whole counts by block, the blocks that lose most by rounding down rounded up until the mean is met."""
+        if not self.mixed:
+            return dict(shares)
+        weights, wished = defaultdict[str, int](int), defaultdict[str, float](float)
+        for name, share in shares.items():
+            block = name.partition(".")[0]
+            weights[block] += num_weights[name]
+            wished[block] += share * num_weights[name] * self.group
+        exact = {block: wished[block] / weights[block] for block in weights}
+        counts = {block: min(floor(count), self.group - 1) for block, count in exact.items()}
+        missing = sum((exact[block] - counts[block]) * weights[block] for block in weights)
+        for block in sorted(weights, key=lambda block: counts[block] - exact[block]):
+            # Rounded up where that brings the mean nearer to the one that was asked for.
+            if counts[block] < self.group - 1 and weights[block] <= 2 * missing:
+                counts[block] += 1
+                missing -= weights[block]
+        return {name: counts[name.partition(".")[0]] / self.group for name in shares}
+
     def resolve(self, sparsity: float | None) -> float:
-        """1 − kept/group; another sparsity is an error."""
+        """1 − kept/group; another sparsity is an error, unless it is mixed."""
         implied = 1 - self.kept / self.group
+        if self.mixed and sparsity is not None:
+            return Unstructured().resolve(sparsity)
         if sparsity is not None and abs(sparsity - implied) > 1e-9:
             raise ConfigError(
                 "sparsity",
@@ -144,6 +200,11 @@ class KeptOfGroup:
 
     def check_steps(self, steps: Sequence[float]) -> None:
         """Every round must remove at least one weight more of a group, the last group − kept in all."""
+        if self.mixed:
+            raise ConfigError(
+                "schedule", "blocks with counts of their own are pruned in one round", value=f"{len(steps)} rounds",
+                accepted="one_shot with pattern.mixed", hint="schedule=one_shot",
+            )  # fmt: skip
         counts = [count_removed(self.group, step) for step in steps]
         if counts[-1] != self.group - self.kept or any(b <= a for a, b in zip([0, *counts], counts, strict=False)):  # fmt: skip
             raise ConfigError(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+
+from reprune.sparsity.allocation import Layers, SizeAllocation
 
 
 @dataclass(kw_only=True)
-class Uniform:
+class Uniform(SizeAllocation):
     """s_l = s."""
 
-    def allocate(self, num_weights: Mapping[str, int], sparsity: float) -> dict[str, float]:
-        """See Allocation."""
-        return dict.fromkeys(num_weights, sparsity)
+    def allocate(self, layers: Layers, sparsity: float) -> dict[str, float]:
+        """See SizeAllocation."""
+        return dict.fromkeys(layers.shapes, sparsity)

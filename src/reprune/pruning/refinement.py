@@ -1,0 +1,44 @@
+"""The contract of a refinement: a better mask of the same counts, whatever method chose the first one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from reprune.pruning.contract import LayerContext, Needs, Pruned, Pruner
+from reprune.sparsity.patterns import Pattern
+
+
+class Refinement(Protocol):
+    """Swaps kept weights for pruned ones of the same row, and of the same group of columns where the pattern has such."""
+
+    needs: Needs
+
+    def refine(self, layer: LayerContext, keep: Tensor, pattern: Pattern) -> Tensor:
+        """Another keep mask, bool [d_out, d_in], with as many kept in every row (and group) as `keep` has.
+
+        `layer.weight` are the weights before anything was pruned. What `layer.removed` names stays removed. RunError,
+        naming the layer, when it cannot be done.
+        """
+        ...
+
+
+def needs_of(pruner: Pruner, refinement: Refinement | None) -> Needs:
+    """What a method reads, with what a refinement of its masks reads."""
+    return pruner.needs if refinement is None else pruner.needs | refinement.needs
+
+
+def refined(refinement: Refinement, layer: LayerContext, pruned: Pruned, pattern: Pattern) -> Pruned:
+    """The pruned layer with its mask refined.
+
+    Weights that stay keep what the method made of them; a weight that comes back has the value it had before.
+    """
+    keep = refinement.refine(layer, pruned.keep, pattern)
+    assert keep.shape == pruned.keep.shape
+    assert bool((keep.sum(dim=1) == pruned.keep.sum(dim=1)).all()), "a refinement swaps weights within a row"
+    back = keep & ~pruned.keep
+    swapped = int(back.sum())
+    weight = pruned.weight.masked_fill(~keep, 0)
+    weight[back] = layer.weight[back]
+    return Pruned(weight, keep, pruned.notes, {**pruned.facts, "swapped": swapped})

@@ -1,0 +1,57 @@
+"""Pruner `ria` (Zhang et al., 2024, "Plug-and-Play", ICLR 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from reprune.errors import require_nonnegative
+from reprune.pruning.channel_permutation import spread_channels
+from reprune.pruning.contract import LayerContext, Needs, Pruned, ScorePruner, rank_first, require_finite
+from reprune.sparsity.patterns import Group, Pattern
+
+
+@dataclass(kw_only=True)
+class RIA(ScorePruner):
+    """S_ij = (|W_ij| / Σ_i |W_ij| + |W_ij| / Σ_j |W_ij|) · ‖X_j‖₂^a, relative importance and activation.
+
+    A weight counts by its share of its input channel and of its output, so that no channel is lost as a whole.
+    `activation_power` is a (0.5). Compared within the matrix (`matrix`, as the paper's code does) or the output `row`.
+
+    `permute`: for N:M the input channels are first spread over the groups so that those with high scores share a group
+    as little as possible (the paper's heuristic allocation); the mask then has N:M in that order of channels, not in the
+    model's own, so that hardware needs them permuted too. Nothing is stored but the mask.
+    """
+
+    activation_power: float = 0.5
+    compare: Literal["matrix", "row"] = "matrix"
+    permute: bool = False
+
+    needs: ClassVar[Needs] = Needs(norm=True)
+
+    def __post_init__(self) -> None:
+        require_nonnegative(activation_power=self.activation_power)
+        self.within = Group(self.compare)  # type: ignore[misc]
+
+    def score(self, layer: LayerContext) -> Tensor:
+        """See ScorePruner."""
+        size = layer.weight.float().abs()
+        # A row or column of zeros has no share of anything, and 0 / 0 would be NaN.
+        by_input = size / size.sum(dim=0, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        by_output = size / size.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return (by_input + by_output) * layer.inputs.norm.pow(self.activation_power)
+
+    def prune(self, layer: LayerContext, pattern: Pattern, sparsity: float) -> Pruned:
+        """See Pruner."""
+        if not self.permute or pattern.columns is None:
+            return super().prune(layer, pattern, sparsity)
+        scores = self.score(layer)
+        require_finite(scores, layer)
+        order = spread_channels(scores.sum(dim=0), pattern.columns)
+        ranked = rank_first(scores, layer.removed)
+        keep = torch.empty_like(scores, dtype=torch.bool)
+        keep[:, order] = pattern.keep(ranked[:, order].contiguous(), sparsity, self.within)
+        return Pruned(torch.where(keep, layer.weight, 0), keep)

@@ -1,0 +1,85 @@
+"""How much of which layer goes in which round: by sizes before anything is loaded, else from the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from reprune.calibration.gather import Request
+from reprune.engine.dense_pass import DensePass
+from reprune.errors import ConfigError
+from reprune.files import read_json, write_json
+from reprune.pruning.contract import Needs, Pruner
+from reprune.pruning.refinement import Refinement
+from reprune.sparsity.allocation import Layers, ModelAllocation, SizeAllocation
+from reprune.sparsity.patterns import Pattern
+from reprune.sparsity.uniform import Uniform
+
+
+def allocated(
+    allocation: SizeAllocation | ModelAllocation,
+    layers: Layers,
+    pruner: Pruner,
+    pattern: Pattern,
+    steps: Sequence[float],
+    validation: Sequence[str],
+) -> list[dict[str, float]] | None:
+    """Sparsities by layer for each of `steps`; None for an allocation that reads the model.
+
+    ConfigError for a pattern that has one sparsity for all layers beside an allocation that gives each its own, and for
+    whatever the allocation cannot do with.
+    """
+    if not isinstance(allocation, Uniform) and not pattern.varies:
+        raise ConfigError(
+            "allocation",
+            "the pattern has the same sparsity in every layer, so that there is nothing to allocate",
+            value=type(allocation).__name__,
+            accepted="uniform with this pattern",
+            hint="pattern=unstructured, or N:M with counts by block: pattern=mixed_of_8, pattern.mixed=true",
+        )
+    if not pruner.needs.prunes:
+        return [dict.fromkeys(layers.shapes, step) for step in steps]
+    allocation.check(layers, pruner, validation)
+    if isinstance(allocation, ModelAllocation):
+        return None
+    num_weights = layers.num_weights
+    return [pattern.settle(allocation.allocate(layers, step), num_weights) for step in steps]
+
+
+def measured_rounds(
+    allocation: SizeAllocation | ModelAllocation, view: DensePass, steps: Sequence[float], kept: Path
+) -> list[dict[str, float]]:
+    """Sparsities by layer for each of `steps`, from the dense model.
+
+    They are kept in the file `kept`, so that a run that goes on has the same.
+    """
+    assert isinstance(allocation, ModelAllocation)
+    if not kept.is_file():
+        num_weights = view.layers.num_weights
+        shares = [view.pattern.settle(found, num_weights) for found in allocation.allocate_for(view, steps)]
+        write_json(kept, {"rounds": shares})
+    found: list[dict[str, float]] = read_json(kept)["rounds"]
+    return found
+
+
+def check_refinement(refinement: Refinement | None, pruner: Pruner) -> None:
+    """ConfigError for a refinement of masks that are not chosen here."""
+    if refinement is not None and not pruner.needs.prunes:
+        raise ConfigError(
+            "refine",
+            "nothing is pruned that could be refined",
+            value=type(refinement).__name__,
+            accepted="null",
+        )
+
+
+def check_gradient_text(needs: Needs, requests: Sequence[Request]) -> None:
+    """ConfigError where the text that gradients are wanted on is no part of the mask data."""
+    if needs.gradient_text is None:
+        return
+    names = [request.name for request in requests if request.use == "mask"]
+    if needs.gradient_text not in names:
+        raise ConfigError(
+            "pruner", "the mask data have no part of this name to take gradients on", value=needs.gradient_text,
+            accepted=names, hint="calibration=mixture, with the domain's text as one of its parts",
+        )  # fmt: skip
