@@ -1,6 +1,7 @@
 # make run    install, run the quickstart, report       make test   install, run the test suite offline
 # make check  format, lint, types                       make install  the environment and the assets alone
 # make evidence  the evidence's verdicts and figure from experiments/results, and the README's table
+# make options   the README's table of methods from the files in conf/
 # make soak   kill sweeps at random moments, for many minutes
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 OUT ?= outputs/quickstart
 STAMP := $(VENV)/.installed
 
-.PHONY: install run test soak evidence check clean
+.PHONY: install run test soak evidence options check clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -32,6 +33,9 @@ soak: install
 
 evidence: install
 	$(BIN)/python experiments/evidence/make.py
+
+options: install
+	$(BIN)/python -m reprune.help README.md
 
 check: install
 	$(BIN)/ruff format --check .

@@ -15,8 +15,8 @@ from reprune.calibration.roles import Texts
 from reprune.calibration.source import Role, TextSet
 from reprune.config_files import config_root
 from reprune.engine.activations import Stores
-from reprune.engine.layers import PruningPlan
 from reprune.engine.loop import BlockLoop
+from reprune.engine.pruning_plan import PruningPlan
 from reprune.engine.state import RunState
 from reprune.engine.statistics import InputStatistics
 from reprune.engine.windows import BlockWindow

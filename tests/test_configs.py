@@ -19,6 +19,7 @@ from reprune.check import check
 from reprune.compose import compose_run, jobs_of
 from reprune.config_files import config_root, options_of
 from reprune.errors import ConfigError
+from reprune.help import METHODS, methods_table, options
 from reprune.reporting.comparisons import claims_in
 from reprune.rules import left_out
 from reprune.schema import RunConfig
@@ -137,6 +138,16 @@ def test_option_says_what_it_is(group: str, option: str) -> None:
     first = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# ")
     assert len(first) > 4
+
+
+def test_methods_say_what_they_cost_and_the_readme_has_their_table() -> None:
+    """Catches a method without a word on its cost, and a README that lists other methods (`make options` writes it)."""
+    for group in METHODS:
+        for name, described in options(group).items():
+            assert described.cost, f"{group}={name}"
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- make options: begin -->\n")[2]
+    assert table.startswith(methods_table())
+    assert {group for group, _ in OPTIONS} >= set(METHODS)
 
 
 @pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "calibration"])

@@ -41,7 +41,7 @@ def test_readme_and_file_of_verdicts_are_what_the_runs_say(evidence: ModuleType)
         kept, table, check_dtype=False, check_index_type=False, check_column_type=False, rtol=1e-6
     )
     readme = evidence.README.read_text(encoding="utf-8")
-    assert f"{evidence.BEGIN}{evidence.as_markdown(table)}{evidence.END}" in readme
+    assert f"begin -->\n{evidence.as_markdown(table)}<!-- {evidence.PLACE}: end" in readme
     # A shown row has runs, and its last column names files that are there.
     shown = table[table["sets"] > 0]
     for names in shown["experiments"]:

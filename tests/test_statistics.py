@@ -15,7 +15,7 @@ from conftest import MakeModel
 from reprune.calibration.roles import Texts
 from reprune.engine.activations import Stores
 from reprune.engine.chains import Chains
-from reprune.engine.layers import collect
+from reprune.engine.observing import collect
 from reprune.engine.statistics import InputStatistics, collecting
 from reprune.model import device
 from reprune.model.linears import linears_of

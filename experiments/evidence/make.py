@@ -11,7 +11,7 @@ import matplotlib as mpl
 import pandas as pd
 
 import reprune
-from reprune.files import write_text
+from reprune.files import fill
 from reprune.reporting.comparisons import claims_in
 from reprune.reporting.drawing import STYLE, Runs
 from reprune.reporting.plots import change_against_none
@@ -20,7 +20,7 @@ from reprune.reporting.verdicts import verdict_table
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, CLAIMS = ROOT / "experiments/results", ROOT / "experiments/evidence"
 README, FIGURE, VERDICTS = ROOT / "README.md", ROOT / "docs/evidence.png", RESULTS / "evidence_verdicts.csv"
-BEGIN, END = "<!-- make evidence: begin -->\n", "<!-- make evidence: end -->\n"
+PLACE = "make evidence"
 READ = {"main": ("main",), "around": ("main", "around"), "gemma": ("gemma",)}
 """Which files of runs the claims of a file are about."""
 
@@ -82,10 +82,7 @@ def main() -> None:
     with mpl.rc_context(dict(STYLE)):
         figure = change_against_none.draw(Runs.of(reprune.results(RESULTS / "evidence_main.csv")))
         figure.savefig(FIGURE, dpi=110)
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    assert after, f"{README} has no place for the table"
-    write_text(README, f"{before}{BEGIN}{as_markdown(table)}{END}{after}")
+    fill(README, PLACE, as_markdown(table))
 
 
 if __name__ == "__main__":

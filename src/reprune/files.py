@@ -41,6 +41,16 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: _write(temporary, text))
 
 
+def fill(path: Path, name: str, text: str) -> None:
+    """Put `text` between the lines `<!-- NAME: begin -->` and `<!-- NAME: end -->` of a file, which must be there."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    assert found, f"{path} has no place for {name}"
+    assert closed, f"{path} has no end of {name}"
+    write_text(path, f"{before}{begin}{text}{end}{after}")
+
+
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from reprune.config_files import option_files
+from reprune.files import fill
 from reprune.tracking.progress import CONSOLE
 
 GROUPS = {
@@ -25,6 +29,9 @@ GROUPS = {
     "sweeps": "grids",
     "launcher": "where the runs of a sweep are done",
 }
+METHODS = ("pruner", "refine", "pattern", "allocation", "schedule", "reconstruction")
+"""The groups whose options are methods: each has a line and a cost."""
+COST = "cost:"
 TOP_LEVEL = {
     "sparsity": "share of weights removed; null: the pattern's own, 0.5 for unstructured",
     "targets": "which layers are pruned: all, attention, mlp, or names with wildcards",
@@ -49,14 +56,40 @@ EXAMPLES = (
 )  # fmt: skip
 
 
-def options(group: str) -> dict[str, str]:
-    """The options of a group with their one line, which is the first comment of the YAML."""
-    return {name: _first_comment(path) for name, path in option_files(group).items()}
+@dataclass(frozen=True)
+class Option:
+    """What the head of an option's YAML says: its first comment, and after `# cost:` what it takes beside the run itself."""
+
+    line: str
+    cost: str | None
 
 
-def _first_comment(path: Path) -> str:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
-    return next((line[2:].strip() for line in lines if not line.startswith("# @")), "")
+def options(group: str) -> dict[str, Option]:
+    """The options of a group by name."""
+    return {name: _option(path) for name, path in option_files(group).items()}
+
+
+def _option(path: Path) -> Option:
+    lines = [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+    words = [line.strip() for line in lines if not line.startswith("@")]
+    costs = [line.removeprefix(COST).strip() for line in words if line.startswith(COST)]
+    return Option(next((line for line in words if not line.startswith(COST)), ""), next(iter(costs), None))
+
+
+def methods_table() -> str:
+    """The options of METHODS as a Markdown table: group, option, what it is, cost."""
+    rows = [
+        f"| `{group}` | `{name}` | {_cell(option.line)} | {option.cost or ''} |"
+        for group in METHODS
+        for name, option in options(group).items()
+    ]
+    return "\n".join(
+        ["| group | option | what it is | cost beside the run's |", "|---|---|---|---|", *rows, ""]
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def show() -> None:
@@ -69,8 +102,10 @@ def show() -> None:
         if not there:
             continue
         table.add_row(f"[bold]{group}[/bold]", f"[dim]{meaning}[/dim]")
-        for name, line in there.items():
-            table.add_row(f"  {name}", line)
+        for name, option in there.items():
+            table.add_row(
+                f"  {name}", Text.assemble(option.line, (f" · {option.cost}" if option.cost else "", "dim"))
+            )
     table.add_row("", "")
     for key, line in TOP_LEVEL.items():
         table.add_row(f"[bold]{key}[/bold]", line)
@@ -79,3 +114,8 @@ def show() -> None:
     for meaning, command in EXAMPLES:
         CONSOLE.print(f"  # {meaning}\n  {command}", highlight=False, markup=False)
     CONSOLE.print("\n-m runs every point of a sweep; --cfg job prints the composed config.", highlight=False)
+
+
+if __name__ == "__main__":
+    # `make options`: the README's table of methods.
+    fill(Path(sys.argv[1]), "make options", methods_table())

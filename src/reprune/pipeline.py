@@ -19,19 +19,16 @@ from reprune.calibration.roles import Texts
 from reprune.calibration.tokens import POSITIONS
 from reprune.check import RunPlan
 from reprune.engine.activations import Stores
-from reprune.engine.dense_pass import DensePass
-from reprune.engine.gradients import ModelGradients
-from reprune.engine.layers import PruningPlan
 from reprune.engine.loop import BlockLoop
 from reprune.engine.state import RunState
 from reprune.errors import ConfigError, RunError
 from reprune.evaluation.suite import dense_result, dense_scratch, evaluate_pruned, finished
 from reprune.files import read_json, write_json
+from reprune.measured_plan import pruning_plan
 from reprune.model.loading import LoadedModel, load_model
 from reprune.records import block_metrics
 from reprune.resources import StageMeter
 from reprune.result import result_of, summary_of
-from reprune.rounds import measured_rounds
 from reprune.run_folder import RunFolder, environment_of
 from reprune.tensor_files import write_tensors
 from reprune.tracking.contract import RunInfo, Tracker
@@ -177,7 +174,7 @@ def _block_loop(
     return BlockLoop(
         model=model,
         texts=texts,
-        pruning=_pruning_plan(plan, model, texts, stores, meter),
+        pruning=pruning_plan(plan, model, texts, stores, meter),
         technique=plan.technique,
         stores=stores,
         state=state,
@@ -186,37 +183,6 @@ def _block_loop(
         seed_training=plan.seed_training,
         after_commit=committed,
     )
-
-
-def _pruning_plan(
-    plan: RunPlan, model: LoadedModel, texts: Texts, stores: Stores, meter: StageMeter
-) -> PruningPlan:
-    """What is pruned how; what an allocation or a method reads of the dense model is measured here, once a run."""
-    state = RunState(plan.folder.state)
-    layers = plan.shapes.to_allocate
-    rounds = plan.rounds
-    if rounds is None:
-        with meter.stage("allocation"):
-            dense = DensePass(model, texts, layers, plan.pruner, plan.pattern, stores, plan.seed_training)
-            rounds = measured_rounds(plan.allocation, dense, plan.steps, plan.folder.path / "allocation.json")
-    gradients = ModelGradients(state.folder / "gradients") if plan.needs.gradients else None
-    pruning = PruningPlan(
-        plan.pruner,
-        plan.pattern,
-        rounds,
-        plan.seed_training,
-        plan.schedule.masks,
-        plan.schedule.reconstruct,
-        plan.refinement,
-        gradients,
-    )
-    if gradients is not None and not gradients.made and state.windows_done() < plan.num_windows:
-        with meter.stage("gradients"):
-            every = [pruning.layers(model, block) for block in range(len(model.blocks))]
-            named = plan.needs.gradient_text
-            read = [text for text in texts.mask if named in (None, text.name)]
-            gradients.make(model, read, every, stores)
-    return pruning
 
 
 def complete(plan: RunPlan) -> bool:

@@ -9,9 +9,10 @@ from reprune.calibration.gather import Request
 from reprune.engine.dense_pass import DensePass
 from reprune.errors import ConfigError
 from reprune.files import read_json, write_json
-from reprune.pruning.contract import Needs, Pruner
+from reprune.pruning.contract import LayerShape, Needs, Pruner, ScorePruner
 from reprune.pruning.refinement import Refinement
-from reprune.sparsity.allocation import Layers, ModelAllocation, SizeAllocation
+from reprune.reconstruction.technique import Technique
+from reprune.sparsity.allocation import Layers, ModelAllocation, SizeAllocation, Wanted
 from reprune.sparsity.patterns import Pattern
 from reprune.sparsity.uniform import Uniform
 
@@ -39,7 +40,7 @@ def allocated(
         )
     if not pruner.needs.prunes:
         return [dict.fromkeys(layers.shapes, step) for step in steps]
-    allocation.check(layers, pruner, validation)
+    allocation.check(Wanted(layers, pruner, pattern, steps, validation))
     if isinstance(allocation, ModelAllocation):
         return None
     num_weights = layers.num_weights
@@ -60,6 +61,35 @@ def measured_rounds(
         write_json(kept, {"rounds": shares})
     found: list[dict[str, float]] = read_json(kept)["rounds"]
     return found
+
+
+def check_units(
+    pattern: Pattern,
+    pruner: Pruner,
+    refinement: Refinement | None,
+    technique: Technique,
+    layers: Sequence[LayerShape],
+) -> None:
+    """ConfigError for what cannot go with units of several layers."""
+    if not pattern.units or not pruner.needs.prunes:
+        return
+    problem = "units of several layers go as a whole by the sum of the scores of their weights"
+    if not isinstance(pruner, ScorePruner):
+        raise ConfigError(
+            "pattern", f"{problem}, and this pruner has none", value=type(pruner).__name__,
+            accepted="a pruner that is a score: magnitude, wanda, ria, snip, fisher, …", hint="pruner=snip is LLM-Pruner's",
+        )  # fmt: skip
+    if refinement is not None:
+        raise ConfigError("refine", f"{problem}: no weight can be swapped", value=type(refinement).__name__, accepted="null")  # fmt: skip
+    if technique.within_block == "sequential":
+        raise ConfigError(
+            "reconstruction.within_block", f"{problem}, so that all layers of a block are pruned at once",
+            value=technique.within_block, accepted="together",
+        )  # fmt: skip
+    if any(layer.expert for layer in layers):
+        raise ConfigError(
+            "targets", "experts have no units that go as a whole", value="all", accepted="attention", hint="targets=attention"
+        )  # fmt: skip
 
 
 def check_refinement(refinement: Refinement | None, pruner: Pruner) -> None:

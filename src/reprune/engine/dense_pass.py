@@ -12,7 +12,7 @@ from torch import Tensor
 from reprune.calibration.roles import Texts
 from reprune.engine.activations import Stores, compare
 from reprune.engine.chains import Chains
-from reprune.engine.layers import collect
+from reprune.engine.observing import collect
 from reprune.engine.statistics import InputStatistics
 from reprune.errors import RunError
 from reprune.model.linears import LinearView
@@ -36,9 +36,11 @@ class DensePass:
     seed: int
 
     @torch.no_grad()
-    def visit(self, *, norm: bool = False, gram: bool = False) -> Iterator[DenseBlock]:
+    def visit(self, *, norm: bool = False, gram: bool = False, text: bool = True) -> Iterator[DenseBlock]:
         """See ModelView."""
-        chains = Chains(self.model, [*self.texts.mask, *self.texts.validation], self.stores)
+        assert text or not (norm or gram)
+        texts = [*self.texts.mask, *self.texts.validation]
+        chains = Chains(self.model, texts, self.stores) if text else None
         for block in range(len(self.model.blocks)):
             views = {
                 f"{block}.{name}": view
@@ -46,12 +48,14 @@ class DensePass:
                 if f"{block}.{name}" in self.layers.shapes
             }
             statistics: dict[str, InputStatistics] = {}
-            if views and (norm or gram):
-                statistics = collect(chains, block, chains.dense[block], self.texts.mask, views, gram)
-            chains.advance_dense(block)
+            if chains is not None:
+                if views and (norm or gram):
+                    statistics = collect(chains, block, chains.dense[block], self.texts.mask, views, gram)
+                chains.advance_dense(block)
             with self.model.plan.holding(self.model.blocks[block]):
                 yield _Visited(self, chains, block, views, statistics)
-            chains.forget_dense(block + 1)
+            if chains is not None:
+                chains.forget_dense(block + 1)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class _Visited:
     """See DenseBlock."""
 
     view: DensePass
-    chains: Chains
+    chains: Chains | None
     index: int
     views: Mapping[str, LinearView]
     statistics: Mapping[str, InputStatistics]
@@ -78,6 +82,7 @@ class _Visited:
         }
 
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
+        assert self.chains is not None
         for text in self.view.texts.mask:
             entering = self.chains.dense[self.index][text.key].states_NTH
             leaving = self.chains.dense[self.index + 1][text.key].states_NTH
@@ -85,6 +90,7 @@ class _Visited:
                 yield one.float(), other.float()
 
     def error(self, weights: Mapping[str, Tensor]) -> float:
+        assert self.chains is not None
         texts = self.view.texts.validation
         replaced = dict[str, Tensor]()
         for name, weight in weights.items():

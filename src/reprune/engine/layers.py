@@ -4,67 +4,36 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reprune.calibration.roles import Texts
-from reprune.calibration.source import TextSet
 from reprune.engine.chains import Boundary, Chains
-from reprune.engine.gradients import ModelGradients, block_gradients
+from reprune.engine.gradients import block_gradients
+from reprune.engine.observing import Views, collect, collect_pairs
+from reprune.engine.pruning_plan import PruningPlan
 from reprune.engine.statistics import InputStatistics, collecting
+from reprune.engine.units import prune_units
 from reprune.errors import RunError
 from reprune.model.linears import LinearView
-from reprune.model.loading import LoadedModel
-from reprune.pruning.contract import GradientStatistics, LayerContext, Needs, Pruner
-from reprune.pruning.refinement import Refinement, needs_of, refined
+from reprune.pruning.contract import (
+    GradientStatistics,
+    LayerContext,
+    Pruned,
+    ScorePruner,
+)
+from reprune.pruning.refinement import refined
 from reprune.reconstruction.least_squares import PairStatistics
 from reprune.reconstruction.technique import Technique
 from reprune.resources import StageMeter
 from reprune.seeding import generator
-from reprune.sparsity.patterns import Pattern
-from reprune.sparsity.schedule import Masks, ReconstructAt
+from reprune.sparsity.coupled_units import CoupledUnits
 
 LOG = logging.getLogger("reprune")
-Views = Mapping[str, LinearView]
-
-
-@dataclass(frozen=True)
-class PruningPlan:
-    """What is pruned how: the method, the pattern, for each round a sparsity by layer ('block.name'), the seed.
-
-    Layers that are not named stay dense. `masks` and `reconstruct` are the schedule's; `gradients` are there where they
-    are needed.
-    """
-
-    pruner: Pruner
-    pattern: Pattern
-    rounds: Sequence[Mapping[str, float]]
-    seed: int
-    masks: Masks = "monotone"
-    reconstruct: ReconstructAt = "end"
-    refinement: Refinement | None = None
-    gradients: ModelGradients | None = None
-
-    @property
-    def needs(self) -> Needs:
-        """What the method and the refinement read."""
-        return needs_of(self.pruner, self.refinement)
-
-    def layers(self, model: LoadedModel, block: int) -> dict[str, LinearView]:
-        """The layers of a block that are pruned."""
-        views = model.linears[block]
-        return {name: view for name, view in views.items() if f"{block}.{name}" in self.rounds[-1]}
-
-    def thinned(self, block: int) -> list[str]:
-        """The layers of a block that lose any weight, by name within it."""
-        above = f"{block}."
-        named = self.rounds[-1].items()
-        return [name.removeprefix(above) for name, share in named if share > 0 and name.startswith(above)]
 
 
 @dataclass(frozen=True)
@@ -102,10 +71,16 @@ class BlockPruning:
                     statistics = self._statistics(group)
                     solving = self._solver_statistics(group, statistics)
                 with self.meter.stage("pruning"):
-                    for name, view in group.items():
-                        masks[name], rows[name] = self._prune_layer(
-                            name, view, statistics.get(name), solving.get(name), gradients(name)
+                    layers = {
+                        name: self._context(name, view, statistics.get(name), gradients(name))
+                        for name, view in group.items()
+                    }
+                    for name, pruned, seconds in self._chosen(layers):
+                        start = time.perf_counter() - seconds
+                        masks[name], rows[name] = self._write(
+                            layers[name], group[name], pruned, solving.get(name)
                         )
+                        rows[name]["seconds"] = round(time.perf_counter() - start, 4)
                         del remaining[name]
         # In the model's order, whatever the order of pruning was.
         order = [name for name in model.linears[self.block] if name in masks]
@@ -189,52 +164,67 @@ class BlockPruning:
         if technique.target_chain == "sparse" or technique.solves_on_dense_inputs(self.number):
             return {name: (found, None) for name, found in own.items()}
         leaders = {id(found): name for name, found in reversed(own.items())}
-        pairs = self._collect_pairs(students, {name: group[name] for name in leaders.values()})
+        views = {name: group[name] for name in leaders.values()}
+        pairs = collect_pairs(
+            self.chains,
+            self.block,
+            students,
+            self.dense_inputs,
+            self.dense_weights,
+            self.texts.reconstruction,
+            views,
+        )
         return {name: (found, pairs[leaders[id(found)]]) for name, found in own.items()}
 
-    def _collect_pairs(self, students: Boundary, views: Views) -> dict[str, PairStatistics]:
-        """Σ x̂ xᵀ of some layers: x̂ in the block as it is on `students`, x in the dense block on the dense chain."""
-        model, plan = self.chains.model, self.chains.model.plan
-        module = model.blocks[self.block]
-        found = {name: PairStatistics() for name in views}
-        dense = {name: tensor.to(plan.device) for name, tensor in self.dense_weights.items()}
-        for text in self.texts.reconstruction:
-            student, teacher = students[text.key], self.dense_inputs[text.key]
-            for where in student.batches(plan.sequences_a_pass(student.length)):
-                hidden = student.read(where, plan)
-                call = model.call(self.block, len(hidden), student.length, student.positions(where))
-                with _watching(views) as pruned_inputs:
-                    call.run(module, hidden)
-                with _watching(views) as dense_inputs:
-                    call.run(module, teacher.read(where, plan), weights=dense)
-                for name, pair in found.items():
-                    pair.add(pruned_inputs[name], dense_inputs[name])
-        return found
-
-    def _prune_layer(
+    def _context(
         self,
         name: str,
         view: LinearView,
         statistics: InputStatistics | None,
-        solving: tuple[InputStatistics, PairStatistics | None] | None,
         gradients: Mapping[str, GradientStatistics],
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Prune one layer in place: its keep mask in the stored layout, its row."""
-        plan, full = self.plan, f"{self.block}.{name}"
-        place = f"block {self.block}, layer {name}"
-        stream = generator(plan.seed, "prune", full, *([self.number] if self.number else []))
-        start = time.perf_counter()
+    ) -> LayerContext:
+        """A layer as the method sees it."""
+        plan = self.plan
+        stream = generator(
+            plan.seed, "prune", f"{self.block}.{name}", *([self.number] if self.number else [])
+        )
         earlier = view.orient(self.masks[name]).to(view.weight.device) if name in self.masks else None
         weight, removed = view.weight, None
         if earlier is not None and plan.masks == "free":
             weight = torch.where(earlier, weight, self._dense(view))
         elif earlier is not None:
             removed = ~earlier
-        context = LayerContext(name, self.block, weight, statistics, stream, removed, **gradients)
-        pruned = plan.pruner.prune(context, plan.pattern, plan.rounds[self.number][full])
-        if plan.refinement is not None:
-            pruned = refined(plan.refinement, context, pruned, plan.pattern)
-        if removed is not None and bool((pruned.keep & removed).any()):
+        return LayerContext(name, self.block, weight, statistics, stream, removed, **gradients)
+
+    def _chosen(self, layers: Mapping[str, LayerContext]) -> Iterator[tuple[str, Pruned, float]]:
+        """Each layer pruned, one at a time, and the seconds that took; units of several layers all at once."""
+        plan, start = self.plan, time.perf_counter()
+        shares = {name: plan.rounds[self.number][f"{self.block}.{name}"] for name in layers}
+        if isinstance(plan.pattern, CoupledUnits) and plan.pruner.needs.prunes:
+            assert isinstance(plan.pruner, ScorePruner)
+            found = prune_units(self.chains.model, plan.pruner, plan.pattern, layers, shares)
+            each = (time.perf_counter() - start) / max(1, len(found))
+            for name, pruned in found.items():
+                yield name, pruned, each
+            return
+        for name, layer in layers.items():
+            start = time.perf_counter()
+            pruned = plan.pruner.prune(layer, plan.pattern, shares[name])
+            if plan.refinement is not None:
+                pruned = refined(plan.refinement, layer, pruned, plan.pattern)
+            yield name, pruned, time.perf_counter() - start
+
+    def _write(
+        self,
+        layer: LayerContext,
+        view: LinearView,
+        pruned: Pruned,
+        solving: tuple[InputStatistics, PairStatistics | None] | None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Put a pruned layer into the model, solved where the technique asks for it: its keep mask in the stored layout, its row."""
+        plan, name, statistics = self.plan, layer.name, layer.statistics
+        place, full = f"block {self.block}, layer {name}", f"{self.block}.{name}"
+        if layer.removed is not None and bool((pruned.keep & layer.removed).any()):
             raise RunError(f"{place}: {type(plan.pruner).__name__} brought weights back that an earlier round removed; use schedule.masks=free")  # fmt: skip
         notes = [*pruned.notes, *(statistics.notes if statistics is not None else [])]
         if len(plan.rounds) > 1:
@@ -262,44 +252,8 @@ class BlockPruning:
                 LOG.warning("%s: %s", place, note)
         view.write(result)
         self.chains.model.plan.synchronise()
-        row["seconds"] = round(time.perf_counter() - start, 4)
         return view.orient(pruned.keep).cpu().contiguous(), row
 
     def _dense(self, view: LinearView) -> Tensor:
         """The layer's dense weight [d_out, d_in]."""
         return view.orient(view.of(self.dense_weights[view.parameter])).to(view.weight.device)
-
-
-def collect(
-    chains: Chains, block: int, inputs: Boundary, texts: Sequence[TextSet], views: Views, with_gram: bool
-) -> dict[str, InputStatistics]:
-    """Input statistics of some layers of a block, whose weights are as they are now. RunError for a layer not called."""
-    with chains.model.plan.holding(chains.model.blocks[block]), collecting(views, with_gram) as found:
-        chains.observe(block, inputs, texts)
-    missed = [name for name in views if name not in found]
-    if missed:
-        raise RunError(
-            f"block {block}, layer {missed[0]}: it was not called in the forward pass, so it has no statistics"
-        )
-    return found
-
-
-@contextmanager
-def _watching(views: Views) -> Iterator[dict[str, Tensor]]:
-    """What each layer was given in the one forward pass of the context."""
-    seen: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Any:
-        def keep(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            seen[name] = positional[0] if positional else next(iter(keywords.values()))
-
-        return keep
-
-    handles = [
-        view.module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, view in views.items()
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

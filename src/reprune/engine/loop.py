@@ -13,7 +13,8 @@ from reprune.calibration.roles import Texts
 from reprune.engine.activations import Stores, compare
 from reprune.engine.chains import Boundary, Chains, dense_copy
 from reprune.engine.fitting import Fit, fits_of, submodules_of
-from reprune.engine.layers import BlockPruning, PruningPlan
+from reprune.engine.layers import BlockPruning
+from reprune.engine.pruning_plan import PruningPlan
 from reprune.engine.state import Progress, RunState
 from reprune.engine.windows import BlockWindow, windows_over
 from reprune.errors import RunError

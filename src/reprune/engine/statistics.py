@@ -18,6 +18,21 @@ MAX_DAMP = 1.0
 STARVED = "no token was routed here: ranked by its weights alone"
 
 
+@dataclass(frozen=True)
+class Spectrum:
+    """`hessian` = diag(s) Q diag(`values`) Qᵀ diag(s), Q the `vectors` and s the roots of its diagonal, `scale`; remarks."""
+
+    hessian: Tensor
+    values: Tensor
+    vectors: Tensor
+    notes: list[str]
+
+    @property
+    def scale(self) -> Tensor:
+        """The root of the Hessian's diagonal, [d_in]."""
+        return self.hessian.diagonal().sqrt()
+
+
 @dataclass
 class InputStatistics:
     """Sums over the tokens that a layer saw: Σ x, Σ x² [d_in] and Σ x xᵀ [d_in, d_in], float32, and remarks on them."""
@@ -28,6 +43,7 @@ class InputStatistics:
     gram: Tensor | None = None
     notes: list[str] = field(default_factory=list)
     _factors: dict[float, tuple[Tensor, list[str]]] = field(default_factory=dict)
+    _spectra: dict[float, Spectrum] = field(default_factory=dict)
 
     @classmethod
     def of_no_token(cls, num_features: int, device: torch.device, with_gram: bool) -> InputStatistics:
@@ -100,6 +116,30 @@ class InputStatistics:
         factor, _, notes = self.dampened(damp, factorise, "factorisation failed", place)
         return factor, notes
 
+    def spectrum(self, damp: float, place: str) -> Spectrum:
+        """H + damp · mean(diag H) · I, and its eigenvalues and eigenvectors once its diagonal is scaled to one.
+
+        H and what happens to dead features and to a matrix that is singular as in `inverse_factor`. Computed once for
+        all layers that share the input.
+        """
+        if damp not in self._spectra:
+            self._spectra[damp] = self._spectrum(damp, place)
+        return self._spectra[damp]
+
+    def _spectrum(self, damp: float, place: str) -> Spectrum:
+        def if_definite(damped: Tensor) -> Tensor | None:
+            lower, failed = torch.linalg.cholesky_ex(_unit(damped))
+            definite = not failed and bool(
+                lower.diagonal().square().min() > 10 * torch.finfo(lower.dtype).eps
+            )
+            return damped if definite else None
+
+        hessian, _, notes = self.dampened(damp, if_definite, "the Gram matrix is singular", place)
+        unit = _unit(hessian)
+        # Apple's GPUs have no eigendecomposition.
+        values, vectors = torch.linalg.eigh(unit.cpu() if unit.device.type == "mps" else unit)
+        return Spectrum(hessian, values.clamp(min=0).to(unit.device), vectors.to(unit.device), notes)
+
     def dampened(
         self, damp: float, attempt: Callable[[Tensor], Tensor | None], failure: str, place: str
     ) -> tuple[Tensor, float, list[str]]:
@@ -130,6 +170,12 @@ class InputStatistics:
                 )
             tried = min(MAX_DAMP, max(tried, 1e-3) * 10)
             notes.append(f"{failure}, tried again with dampening {tried:g}")
+
+
+def _unit(hessian: Tensor) -> Tensor:
+    """Rows and columns scaled so that the diagonal is one."""
+    scale = hessian.diagonal().rsqrt()
+    return hessian * scale * scale[:, None]
 
 
 @contextmanager

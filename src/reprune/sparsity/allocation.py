@@ -33,6 +33,17 @@ class Layers:
         return {name: of_block[block] for name, block in self.blocks.items()}
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a run asks of an allocation: for which layers, pruner, pattern and rounds, and which validation texts it has."""
+
+    layers: Layers
+    pruner: Pruner
+    pattern: Pattern
+    sparsities: Sequence[float]
+    validation: Sequence[str]
+
+
 class DenseBlock(Protocol):
     """A block of the dense model, for as long as it is visited."""
 
@@ -73,16 +84,19 @@ class ModelView(Protocol):
         """The run's pattern."""
         ...
 
-    def visit(self, *, norm: bool = False, gram: bool = False) -> Iterator[DenseBlock]:
-        """Each block in turn, with the statistics asked for; whatever is read of it has to be read in its turn."""
+    def visit(self, *, norm: bool = False, gram: bool = False, text: bool = True) -> Iterator[DenseBlock]:
+        """Each block in turn, with the statistics asked for; whatever is read of it has to be read in its turn.
+
+        Without `text` nothing is computed, and there are weights only.
+        """
         ...
 
 
 class Allocation(Protocol):
     """From a model's layers to a sparsity for each: one of `SizeAllocation` and `ModelAllocation`."""
 
-    def check(self, layers: Layers, pruner: Pruner, validation: Sequence[str]) -> None:
-        """ConfigError for a pruner, or a lack of `validation` texts (by name), with which it cannot be done."""
+    def check(self, wanted: Wanted) -> None:
+        """ConfigError for what it cannot do, before anything is loaded."""
         ...
 
 
@@ -91,7 +105,7 @@ class SizeAllocation:
 
     reads_model: ClassVar[bool] = False
 
-    def check(self, layers: Layers, pruner: Pruner, validation: Sequence[str]) -> None:
+    def check(self, wanted: Wanted) -> None:
         """Any will do."""
 
     def allocate(self, layers: Layers, sparsity: float) -> dict[str, float]:
@@ -104,7 +118,7 @@ class ModelAllocation:
 
     reads_model: ClassVar[bool] = True
 
-    def check(self, layers: Layers, pruner: Pruner, validation: Sequence[str]) -> None:
+    def check(self, wanted: Wanted) -> None:
         """Any will do."""
 
     def allocate_for(self, view: ModelView, sparsities: Sequence[float]) -> list[dict[str, float]]:

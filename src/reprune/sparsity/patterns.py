@@ -35,6 +35,11 @@ class Pattern(Protocol):
         """Whether layers may have sparsities of their own."""
         ...
 
+    @property
+    def units(self) -> bool:
+        """Whether weights of several layers go together, so that only scores of all of them give a mask."""
+        ...
+
     def resolve(self, sparsity: float | None) -> float:
         """The sparsity to use for the one the user gave; ConfigError where they do not go together."""
         ...
@@ -95,6 +100,11 @@ class Unstructured:
         """Every layer may have its own."""
         return True
 
+    @property
+    def units(self) -> bool:
+        """Each layer by itself."""
+        return False
+
     def settle(self, shares: Mapping[str, float], num_weights: Mapping[str, int]) -> dict[str, float]:
         """The shares as they are."""
         return dict(shares)
@@ -154,6 +164,11 @@ class KeptOfGroup:
     def varies(self) -> bool:
         """Where it is mixed."""
         return self.mixed
+
+    @property
+    def units(self) -> bool:
+        """Each layer by itself."""
+        return False
 
     def settle(self, shares: Mapping[str, float], num_weights: Mapping[str, int]) -> dict[str, float]:
         """Mixed: whole counts by block, the blocks that lose most by rounding down rounded up until the mean is met."""

@@ -1,0 +1,81 @@
+"""Statistics of a block's layers over texts: of their inputs, and of those in two chains side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from reprune.calibration.source import TextSet
+from reprune.engine.chains import Boundary, Chains
+from reprune.engine.statistics import InputStatistics, collecting
+from reprune.errors import RunError
+from reprune.model.linears import LinearView
+from reprune.reconstruction.least_squares import PairStatistics
+
+Views = Mapping[str, LinearView]
+
+
+def collect(
+    chains: Chains, block: int, inputs: Boundary, texts: Sequence[TextSet], views: Views, with_gram: bool
+) -> dict[str, InputStatistics]:
+    """Input statistics of some layers of a block, whose weights are as they are now. RunError for a layer not called."""
+    with chains.model.plan.holding(chains.model.blocks[block]), collecting(views, with_gram) as found:
+        chains.observe(block, inputs, texts)
+    missed = [name for name in views if name not in found]
+    if missed:
+        raise RunError(
+            f"block {block}, layer {missed[0]}: it was not called in the forward pass, so it has no statistics"
+        )
+    return found
+
+
+def collect_pairs(
+    chains: Chains,
+    block: int,
+    students: Boundary,
+    teachers: Boundary,
+    dense_weights: Mapping[str, Tensor],
+    texts: Sequence[TextSet],
+    views: Views,
+) -> dict[str, PairStatistics]:
+    """Σ x̂ xᵀ of some layers: x̂ in the block as it is on `students`, x in the block with `dense_weights` on `teachers`."""
+    model, plan = chains.model, chains.model.plan
+    module = model.blocks[block]
+    found = {name: PairStatistics() for name in views}
+    dense = {name: tensor.to(plan.device) for name, tensor in dense_weights.items()}
+    for text in texts:
+        student, teacher = students[text.key], teachers[text.key]
+        for where in student.batches(plan.sequences_a_pass(student.length)):
+            hidden = student.read(where, plan)
+            call = model.call(block, len(hidden), student.length, student.positions(where))
+            with _watching(views) as pruned_inputs:
+                call.run(module, hidden)
+            with _watching(views) as dense_inputs:
+                call.run(module, teacher.read(where, plan), weights=dense)
+            for name, pair in found.items():
+                pair.add(pruned_inputs[name], dense_inputs[name])
+    return found
+
+
+@contextmanager
+def _watching(views: Views) -> Iterator[dict[str, Tensor]]:
+    """What each layer was given in the one forward pass of the context."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def keep(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            seen[name] = positional[0] if positional else next(iter(keywords.values()))
+
+        return keep
+
+    handles = [
+        view.module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, view in views.items()
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
