@@ -84,7 +84,7 @@ def _admm(
 @pytest.mark.parametrize("rounds", [1, 2, 5, 100])
 def test_the_support_is_that_of_the_papers_steps(pattern_name: str, rounds: int) -> None:
     """Catches a multiplier that is not rescaled with ρ, a ρ that grows at the wrong time, and a wrong eigenbasis."""
-    weight, inputs = _data(40, 32, seed=1)
+    weight, inputs = _data(60, 32, seed=1)
     pattern, sparsity = PATTERNS[pattern_name]
     keep, rhos = _admm(weight, _hessian(inputs), pattern, sparsity, rounds)
     pruned = ALPS(iterations=3 * rounds).prune(layer_context(weight, inputs), pattern, sparsity)
@@ -95,7 +95,7 @@ def test_the_support_is_that_of_the_papers_steps(pattern_name: str, rounds: int)
 
 def test_rho_grows_by_every_factor() -> None:
     """Catches data of the test above in which ρ always grows by the same factor, so that it would not see the others."""
-    weight, inputs = _data(40, 32, seed=1)
+    weight, inputs = _data(60, 32, seed=1)
     every = [_admm(weight, _hessian(inputs), *PATTERNS[name], 100)[1] for name in PATTERNS]
     assert {round(later / earlier, 6) for rhos in every for earlier, later in pairwise(rhos)} == {
         1.3,
@@ -163,10 +163,9 @@ def test_a_row_against_all_its_supports(columns: int, kept: int) -> None:
         found.append(_objective(weight, pruned.weight, hessian) / float(best))
         at_first.append(float(_least_of_supports(weight, hessian, largest) / best))
     assert min(found) > 1 - 1e-4
-    print(columns, sorted(found), sum(at_first), sum(found))
-    assert median(found) < 1.3
-    assert max(found) < 10
-    assert sum(found) < 0.8 * sum(at_first)
+    assert median(found) < 1.2
+    assert max(found) < 6
+    assert sum(found) < 0.75 * sum(at_first)
 
 
 def test_the_matrix_is_compared_as_a_whole() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from math import inf
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers import plan_of
 from reprune.engine.statistics import InputStatistics
 from reprune.errors import ConfigError, RunError
 from reprune.pruning.contract import LayerContext
@@ -28,7 +30,10 @@ PATTERNS: dict[str, tuple[Pattern, float]] = {
     "mixed": (KeptOfGroup(kept=4, group=8, mixed=True), 3 / 8),
 }
 EVERY_PATTERN = pytest.mark.parametrize("pattern_name", PATTERNS)
-EVERY_REFINEMENT = pytest.mark.parametrize("name", options("refine"))
+# `none` is no refinement, only a word for the lack of one.
+EVERY_REFINEMENT = pytest.mark.parametrize(
+    "name", [name for name in [name for name in options("refine") if name != "none"] if name != "none"]
+)
 
 
 def _layer(
@@ -429,3 +434,12 @@ def test_arguments_out_of_range(kind: type, key: str, value: float) -> None:
     """Catches a value that makes a refinement do nothing without a word."""
     with pytest.raises(ConfigError, match=key):
         kind(**{key: value})
+
+
+def test_none_is_the_run_without_a_refinement(tmp_path: Path) -> None:
+    """Catches a grid whose point `none` is done again beside the plain run, and one that is the same as the others."""
+    plain, none, swapped = (
+        plan_of(tmp_path, *more) for more in ([], ["refine=none"], ["refine=sparse_swaps"])
+    )
+    assert plain.folder.path == none.folder.path
+    assert plain.folder.path != swapped.folder.path

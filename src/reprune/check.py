@@ -29,7 +29,7 @@ from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan, plan_device
 from reprune.model.loading import load_config, load_tokenizer
 from reprune.pruning.contract import Needs, Pruner
-from reprune.pruning.refinement import Refinement, needs_of
+from reprune.pruning.refinement import Refinement, Unrefined, needs_of
 from reprune.reconstruction.objective import check_lengths
 from reprune.reconstruction.technique import Technique
 from reprune.rounds import allocated, check_gradient_text, check_refinement, check_units
@@ -124,9 +124,8 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
     technique: Technique = build(config["reconstruction"], "reconstruction", where)
     pattern: Pattern = build(config["pattern"], "pattern", where)
     pruner: Pruner = build(config["pruner"], "pruner", where)
-    refinement: Refinement | None = (
-        None if config["refine"] is None else build(config["refine"], "refine", where)
-    )
+    refine = None if config["refine"] is None else build(config["refine"], "refine", where)
+    refinement: Refinement | None = None if isinstance(refine, Unrefined) else refine
     allocation: SizeAllocation | ModelAllocation = build(config["allocation"], "allocation", where)
     schedule = build(config["schedule"], "schedule", where)
     tracking: Tracking = build(config["tracking"], "tracking", where)

@@ -17,7 +17,7 @@ GROUPS = {
     "model": "the language model",
     "calibration": "text for the masks; also calibration@reconstruction_data=, calibration@probes.NAME=",
     "pruner": "which weights go",
-    "refine": "swaps that better any pruner's mask; null: none",
+    "refine": "swaps that better any pruner's mask",
     "pattern": "in what grid they go",
     "allocation": "how the sparsity is spread over layers",
     "schedule": "in how many steps",

@@ -40,8 +40,8 @@ class ALPS:
     as preconditioner, from D on, until their last steps gain less than `cg_tolerance` of all gained, or after
     `cg_iterations`.
 
-    Deviations: the paper takes 10 steps of conjugate gradients. Its code lowers ρ and begins anew where the support does
-    not change at first, and stops early on small changes; neither is done here. Weights of dead inputs count as zero.
+    Deviations: the authors' code takes 10 steps of conjugate gradients, lowers ρ and begins anew where the support does
+    not change at first, and stops early on small changes; none of it is done here. Weights of dead inputs count as zero.
     """
 
     rho: float = 0.1

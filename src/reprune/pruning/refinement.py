@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -22,6 +23,11 @@ class Refinement(Protocol):
         naming the layer, when it cannot be done.
         """
         ...
+
+
+@dataclass(kw_only=True)
+class Unrefined:
+    """The mask as the method chose it: `refine=none`, for grids; the same run as one without `refine`."""
 
 
 def needs_of(pruner: Pruner, refinement: Refinement | None) -> Needs:
