@@ -78,6 +78,17 @@ def test_the_units_with_the_lowest_sums_go() -> None:
         }
 
 
+def test_a_submodule_that_goes_as_a_whole_is_told(tmp_path: Path) -> None:
+    """Catches an attention of one unit, whose heads share their keys, that vanishes at 50 % without a word."""
+    loop = block_loop(
+        load_tiny("llama", num_key_value_heads=1), tmp_path, pruner=Magnitude(), pattern=CoupledUnits()
+    )
+    rows, _ = loop.run()
+    told = rows[0]["layers"]["self_attn.o_proj"]["notes"]
+    assert told == ["nothing is left of self_attn: it has 1 units"]
+    assert rows[0]["layers"]["mlp.down_proj"]["notes"] == []
+
+
 def test_rounds_never_bring_a_unit_back(tmp_path: Path) -> None:
     """Catches units that are chosen anew in each round, whatever went before."""
     model = load_tiny("llama")
