@@ -9,14 +9,13 @@ the largest difference of any loss from 'whole'. Memory is the high-water mark b
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import psutil
 import torch
+from machine import machine
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -126,13 +125,6 @@ def resting_bytes(model: LoadedModel) -> int:
     if model.plan.kind == "cuda":
         return int(torch.cuda.memory_allocated(model.plan.device))
     return int(psutil.Process().memory_info().rss)
-
-
-def machine(threads: int) -> str:
-    """The processor, threads and version in one line."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []  # fmt: skip
-    return f"{names[0] if names else platform.processor()}, {threads} threads, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

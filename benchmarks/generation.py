@@ -9,13 +9,12 @@ within a round, and the shown figures are medians over rounds of what was measur
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
+from machine import machine
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -61,7 +60,7 @@ def main() -> None:
                 found.append(sum(tokens for tokens, _ in done) / sum(seconds for _, seconds in done))
         shown = table(rates, model)
     console = Console(width=120 if not sys.stdout.isatty() else None, highlight=False)
-    console.print(machine() if plan.kind == "cpu" else plan.name)
+    console.print(machine(plan.num_threads) if plan.kind == "cpu" else plan.name)
     console.print(f"{given.model}, up to {given.tokens} tokens a text, {given.rounds} rounds")
     console.print(shown)
 
@@ -117,13 +116,6 @@ def table(rates: dict[int, list[float]], model: LoadedModel) -> Table:
             f"{1e3 * seconds_of_drawing(model, size):.1f}",
         )
     return shown
-
-
-def machine() -> str:
-    """The processor, threads and version in one line."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []  # fmt: skip
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Memory is the high-water mark beyond what lies there before a round.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from statistics import median
 
 import psutil
 import torch
+from machine import machine
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -136,13 +136,6 @@ def by_block(model: LoadedModel, text: TextSet, folder: Path, *, on_disk: bool =
 def in_files(model: LoadedModel, text: TextSet, folder: Path) -> dict[str, Tensor]:
     """The same with the boundaries between blocks mapped to files."""
     return by_block(model, text, folder, on_disk=True)
-
-
-def machine(threads: int) -> str:
-    """The processor, threads and version in one line."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []  # fmt: skip
-    return f"{names[0] if names else platform.processor()}, {threads} threads, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

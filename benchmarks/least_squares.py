@@ -19,16 +19,15 @@ in layers with many inputs all energies are those of a sample of rows.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import torch
+from machine import machine
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -75,7 +74,7 @@ def main() -> None:
             result = compare(name, weight, statistics, *SPARSITIES[sparsity], given.rows)
             found.setdefault((sparsity, shape), []).append(result)
     console = Console(width=150 if not sys.stdout.isatty() else None, highlight=False)
-    console.print(machine())
+    console.print(machine(torch.get_num_threads()))
     console.print(
         f"{given.model}, blocks {given.blocks}, {given.sequences} × {given.length} tokens; excess in %, "
         f"{given.rows} rows of a layer compared where d_in > {WIDE}, else all"
@@ -207,13 +206,6 @@ def table(found: dict[tuple[str, tuple[int, ...]], list[dict[str, tuple[float, f
             cells.append(f"{median(seconds):.2f}")
         shown.add_row(*cells)
     return shown
-
-
-def machine() -> str:
-    """The processor, threads and version in one line."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []  # fmt: skip
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 if __name__ == "__main__":
