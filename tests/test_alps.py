@@ -17,6 +17,7 @@ from reprune.pruning.alps import ALPS
 from reprune.pruning.contract import LayerContext
 from reprune.pruning.sparsegpt import SparseGPT
 from reprune.reconstruction.solvers import exact
+from reprune.sparsity.mixed_groups import MixedOfGroup
 from reprune.sparsity.patterns import Group, KeptOfGroup, Pattern, Unstructured
 from support import layer_context
 
@@ -24,7 +25,7 @@ PATTERNS: dict[str, tuple[Pattern, float]] = {
     "50": (Unstructured(), 0.5),
     "70": (Unstructured(), 0.7),
     "2to4": (KeptOfGroup(kept=2, group=4), 0.5),
-    "mixed": (KeptOfGroup(kept=4, group=8, mixed=True), 3 / 8),
+    "mixed": (MixedOfGroup(kept=4, group=8), 3 / 8),
 }
 EVERY_PATTERN = pytest.mark.parametrize("pattern_name", PATTERNS)
 

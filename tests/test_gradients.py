@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import run_tiny
+from helpers import plan_of, run_tiny
 from reprune.calibration.source import TextSet
 from reprune.engine.activations import Stores
 from reprune.engine.chains import Chains
@@ -160,7 +160,7 @@ def test_scores_by_hand() -> None:
             by_column = abs(w) / float(weight[:, j].abs().sum())
             expected["ria"][i, j] = (by_row + by_column) * norm[j] ** 0.5
             expected["snip"][i, j] = abs(w * g)
-            expected["fisher"][i, j] = abs(w) * g2**0.5
+            expected["fisher"][i, j] = w**2 * g2 / 2
             expected["gblm"][i, j] = abs(w) * (norm[j] + 100 * (5 * g2) ** 0.5)
             expected["wanda"][i, j] = abs(w) * (norm[j] / 5**0.5 + 100 * b2**0.5)
             general = w**2 / (2 * float(inverse[j, j]))
@@ -257,3 +257,37 @@ def test_wandas_regional_optimisation_chooses_anew(tmp_path: Path) -> None:
     rows = RunFolder(plan.folder.path).blocks()
     assert [told.get("round", 0) for told in rows[0]["training"]] == [0, 1, 2]
     assert {layer["measured"] for row in rows for layer in row["layers"].values()} == {0.5}
+
+
+def test_gradients_rank_over_all_layers_too(tmp_path: Path) -> None:
+    """Catches gradients that are taken only after the sparsities are known: SNIP ranks over all layers."""
+    plan, result = run_tiny(tmp_path, "pruner=snip", "allocation=global", "reconstruction=none")
+    shares = set(result["sparsity"]["layers"].values())
+    assert len(shares) > 3
+    assert result["sparsity"]["total"] == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(ConfigError, match="gradients of blocks"):
+        plan_of(tmp_path, "pruner=wanda_plus_plus", "allocation=global")
+    assert plan.needs.gradients
+
+
+def test_gradients_go_no_further_back_than_they_are_wanted(tmp_path: Path) -> None:
+    """Catches blocks that are gone through for nothing, and layers that are not to be pruned."""
+    model, text = load_tiny(), random_text("one", num_sequences=1)
+    gradients = ModelGradients(tmp_path / "gradients")
+    name = next(iter(model.linears[2]))
+    gradients.make(model, [text], [{}, {}, {name: model.linears[2][name]}], _stores(model, tmp_path))
+    assert set(gradients.of(2)) == {name}
+    assert not (tmp_path / "gradients" / "1.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["refine=sparse_swaps"], ["schedule=iterative", "schedule.rounds=2", "schedule.shape=linear"]],
+    ids=["refine", "rounds"],
+)
+def test_nothing_goes_on_with_permuted_groups(more: list[str], tmp_path: Path) -> None:
+    """Catches swaps and rounds that leave a mask with N:M in no order of channels."""
+    with pytest.raises(ConfigError) as refused:
+        plan_of(tmp_path, "pruner=ria", "pruner.permute=true", "pattern=2to4", *more)
+    assert refused.value.key == "pruner.permute"
+    plan_of(tmp_path, "pruner=ria", "pruner.permute=true", "pattern=2to4")

@@ -18,8 +18,10 @@ from reprune.engine.statistics import InputStatistics
 from reprune.errors import ConfigError, RunError
 from reprune.pruning.contract import LayerContext
 from reprune.pruning.dsnot import DSnoT
-from reprune.pruning.refinement import Refinement
+from reprune.pruning.refinement import Refinement, refined
 from reprune.pruning.sparse_swaps import SparseSwaps
+from reprune.pruning.sparsegpt import SparseGPT
+from reprune.sparsity.mixed_groups import MixedOfGroup
 from reprune.sparsity.patterns import Group, KeptOfGroup, Pattern, Unstructured
 from support import layer_context, option, options
 
@@ -27,7 +29,7 @@ from support import layer_context, option, options
 PATTERNS: dict[str, tuple[Pattern, float]] = {
     "unstructured": (Unstructured(), 0.6),
     "2to4": (KeptOfGroup(kept=2, group=4), 0.5),
-    "mixed": (KeptOfGroup(kept=4, group=8, mixed=True), 3 / 8),
+    "mixed": (MixedOfGroup(kept=4, group=8), 3 / 8),
 }
 EVERY_PATTERN = pytest.mark.parametrize("pattern_name", PATTERNS)
 # `none` is no refinement, only a word for the lack of one.
@@ -443,3 +445,16 @@ def test_none_is_the_run_without_a_refinement(tmp_path: Path) -> None:
     )
     assert plain.folder.path == none.folder.path
     assert plain.folder.path != swapped.folder.path
+
+
+def test_what_stays_has_the_values_it_had_before() -> None:
+    """Catches SparseGPT's updates, which belong to its own mask, under another one."""
+    stream = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 32, generator=stream)
+    inputs[:, 1:] += inputs[:, :-1]
+    layer = layer_context(torch.randn(16, 32, generator=stream), inputs)
+    pruned = SparseGPT().prune(layer, Unstructured(), 0.6)
+    assert not torch.equal(pruned.weight, torch.where(pruned.keep, layer.weight, 0))
+    found = refined(SparseSwaps(), layer, pruned, Unstructured())
+    assert torch.equal(found.weight, torch.where(found.keep, layer.weight, 0))
+    assert found.facts["swapped"] == int((found.keep & ~pruned.keep).sum()) > 0

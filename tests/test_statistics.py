@@ -18,6 +18,7 @@ from reprune.engine.chains import Chains
 from reprune.engine.observing import collect
 from reprune.engine.statistics import InputStatistics, collecting
 from reprune.model import device
+from reprune.model.device import DevicePlan
 from reprune.model.linears import linears_of
 from reprune.model.loading import LoadedModel
 from support import random_text
@@ -158,3 +159,30 @@ def test_hooks_are_gone_afterwards() -> None:
         module(torch.ones(2, 4))
     module(torch.ones(5, 4))
     assert found["0"].num_tokens == 2
+
+
+class _Elsewhere:
+    """Stands in for a module; where it is is all there is of it."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def parameters(self) -> list[_Elsewhere]:
+        return [self]
+
+    def buffers(self) -> list[_Elsewhere]:
+        return []
+
+    def to(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+
+
+def test_a_block_that_is_held_stays_held() -> None:
+    """Catches statistics that send a block home in the middle of its pruning, whose weights are then on the host."""
+    device = torch.device("cuda:0")
+    plan, module = DevicePlan(device, torch.float32, 1), _Elsewhere()
+    with plan.holding(module):  # type: ignore[arg-type]
+        with plan.holding(module):  # type: ignore[arg-type]
+            assert module.device == device
+        assert module.device == device
+    assert module.device == torch.device("cpu")

@@ -31,7 +31,11 @@ def verdicts() -> pd.DataFrame:
     for claims, names in READ.items():
         files = [RESULTS / f"evidence_{name}.csv" for name in names]
         there = [file for file in files if file.is_file()]
-        if there == files:
+        if there != files:
+            print(
+                f"claims_{claims}.yaml: no runs yet, {', '.join(file.name for file in files if file not in there)}"
+            )
+        else:
             frame = reprune.results(*files)
             tables.append(verdict_table(frame, claims_in(CLAIMS / f"claims_{claims}.yaml")))
     return pd.concat(tables, ignore_index=True)

@@ -32,7 +32,7 @@ from reprune.pruning.contract import Needs, Pruner
 from reprune.pruning.refinement import Refinement, Unrefined, needs_of
 from reprune.reconstruction.objective import check_lengths
 from reprune.reconstruction.technique import Technique
-from reprune.rounds import allocated, check_gradient_text, check_refinement, check_units
+from reprune.rounds import allocated, check_gradient_text, check_order, check_refinement, check_units
 from reprune.run_folder import RunFolder, config_hash
 from reprune.shapes import Shapes, Sizes, check_room, existing, shapes_of, sizes_of
 from reprune.sparsity.allocation import ModelAllocation, SizeAllocation
@@ -174,6 +174,7 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
             pattern.check_steps(steps)
         rounds = allocated(allocation, shapes.to_allocate, pruner, pattern, steps, list(validation))
     check_refinement(refinement, pruner)
+    check_order(pattern, pruner, refinement, steps)
     check_units(pattern, pruner, refinement, technique, list(shapes.target_layers.values()))
     needs = needs_of(pruner, refinement)
     requests = requests_of(mask_data, reconstruction_data, validation, probes)

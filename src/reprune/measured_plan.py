@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from reprune.calibration.roles import Texts
 from reprune.check import RunPlan
 from reprune.engine.activations import Stores
@@ -15,24 +17,32 @@ from reprune.resources import StageMeter
 from reprune.rounds import measured_rounds
 
 
+def check_units(plan: RunPlan, model: LoadedModel) -> None:
+    """RunError for layers that belong to no unit which can go as a whole, where the pattern wants such."""
+    if not plan.pattern.units or not plan.pruner.needs.prunes:
+        return
+    by_block = defaultdict[int, list[str]](list)
+    for name in plan.shapes.targets:
+        block, _, layer = name.partition(".")
+        by_block[int(block)].append(layer)
+    for number, layers in by_block.items():
+        couplings_of(model, number, layers)
+
+
 def pruning_plan(
     plan: RunPlan, model: LoadedModel, texts: Texts, stores: Stores, meter: StageMeter
 ) -> PruningPlan:
     """What is pruned how; what an allocation or a method reads of the dense model is measured here, once a run."""
-    state = RunState(plan.folder.state)
-    layers = plan.shapes.to_allocate
+    gradients = _gradients(plan, model, texts, stores, meter)
     rounds = plan.rounds
     if rounds is None:
+        layers = plan.shapes.to_allocate
         with meter.stage("allocation"):
-            dense = DensePass(model, texts, layers, plan.pruner, plan.pattern, stores, plan.seed_training)
+            dense = DensePass(
+                model, texts, layers, plan.pruner, plan.pattern, stores, plan.seed_training, gradients
+            )
             rounds = measured_rounds(plan.allocation, dense, plan.steps, plan.folder.path / "allocation.json")
-    if plan.pattern.units and plan.pruner.needs.prunes:
-        # What belongs to no unit is told before any time is spent.
-        first, _, _ = next(iter(layers.shapes)).partition(".")
-        names = [name.partition(".") for name in layers.shapes]
-        couplings_of(model, int(first), [name for block, _, name in names if block == first])
-    gradients = ModelGradients(state.folder / "gradients") if plan.needs.gradients else None
-    pruning = PruningPlan(
+    return PruningPlan(
         plan.pruner,
         plan.pattern,
         rounds,
@@ -42,10 +52,23 @@ def pruning_plan(
         plan.refinement,
         gradients,
     )
-    if gradients is not None and not gradients.made and state.windows_done() < plan.num_windows:
+
+
+def _gradients(
+    plan: RunPlan, model: LoadedModel, texts: Texts, stores: Stores, meter: StageMeter
+) -> ModelGradients | None:
+    """Of the dense model, made where they are needed, not there yet, and any block is still to be pruned."""
+    if not plan.needs.gradients:
+        return None
+    state = RunState(plan.folder.state)
+    gradients = ModelGradients(state.folder / "gradients")
+    if not gradients.made and state.windows_done() < plan.num_windows:
+        named, targets = plan.needs.gradient_text, set(plan.shapes.targets)
+        wanted = [
+            {name: view for name, view in views.items() if f"{block}.{name}" in targets}
+            for block, views in enumerate(model.linears)
+        ]
         with meter.stage("gradients"):
-            every = [pruning.layers(model, block) for block in range(len(model.blocks))]
-            named = plan.needs.gradient_text
             read = [text for text in texts.mask if named in (None, text.name)]
-            gradients.make(model, read, every, stores)
-    return pruning
+            gradients.make(model, read, wanted, stores)
+    return gradients

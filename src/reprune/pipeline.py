@@ -24,7 +24,7 @@ from reprune.engine.state import RunState
 from reprune.errors import ConfigError, RunError
 from reprune.evaluation.suite import dense_result, dense_scratch, evaluate_pruned, finished
 from reprune.files import read_json, write_json
-from reprune.measured_plan import pruning_plan
+from reprune.measured_plan import check_units, pruning_plan
 from reprune.model.loading import LoadedModel, load_model
 from reprune.records import block_metrics
 from reprune.resources import StageMeter
@@ -108,6 +108,7 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
         tracker = stack.enter_context(plan.tracking.start(_info(plan)))
         with meter.stage("loading"):
             model = load_model(plan.source, plan.tokenizer, plan.device)
+            check_units(plan, model)
         with meter.stage("text"):
             texts = plan.texts(model)
             overlap = plan.check_texts(texts)

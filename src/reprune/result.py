@@ -36,8 +36,9 @@ def result_of(
         "metrics": {**evaluated, **reconstruction_metrics(rows)},
     }
     if earlier:
-        # The time and memory of a run are those of its pruning, not of an evaluation added later.
-        result |= {name: earlier[name] for name in ("seconds", "peak_memory_bytes")}
+        # Time, memory and what a run was asked as are those of its pruning, not of an evaluation added later.
+        kept = ("seconds", "peak_memory_bytes", "choices", "experiment")
+        result |= {name: earlier[name] for name in kept}
     if meter.device_peak_bytes:
         result["peak_device_memory_bytes"] = meter.device_peak_bytes
     if failed:

@@ -36,7 +36,7 @@ def allocated(
             "the pattern has the same sparsity in every layer, so that there is nothing to allocate",
             value=type(allocation).__name__,
             accepted="uniform with this pattern",
-            hint="pattern=unstructured, or N:M with counts by block: pattern=mixed_of_8, pattern.mixed=true",
+            hint="pattern=unstructured, or N:M with counts by block: pattern=mixed_of_8",
         )
     if not pruner.needs.prunes:
         return [dict.fromkeys(layers.shapes, step) for step in steps]
@@ -89,6 +89,19 @@ def check_units(
     if any(layer.expert for layer in layers):
         raise ConfigError(
             "targets", "experts have no units that go as a whole", value="all", accepted="attention", hint="targets=attention"
+        )  # fmt: skip
+
+
+def check_order(
+    pattern: Pattern, pruner: Pruner, refinement: Refinement | None, steps: Sequence[float]
+) -> None:
+    """ConfigError for what would go on with a mask whose groups are of permuted channels."""
+    if pattern.columns is None or not (isinstance(pruner, ScorePruner) and pruner.reorders):
+        return
+    if refinement is not None or len(steps) > 1:
+        raise ConfigError(
+            "pruner.permute", "the groups of its mask are not the pattern's own, so that no other step can keep to them",
+            value=True, accepted="false with `refine` and with several rounds", hint="pruner.permute=false",
         )  # fmt: skip
 
 

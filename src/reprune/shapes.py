@@ -134,7 +134,7 @@ def sizes_of(
         training += 4 * outside + 8 * logits * shapes.vocabulary_size
     dense = block * window * width if technique.needs_dense_weights or num_rounds > 1 else 0
     # A block in float32 with its gradients, their sums and their squares; files of the latter for all blocks.
-    training = max(training, block * 16 if needs.gradients or needs.block_gradients else 0)
+    training = max(training, block * 24 if needs.gradients or needs.block_gradients else 0)
     memory = weights + activations + training + dense + _statistics(shapes, technique) + 700 * 2**20
     disk = shapes.num_block_parameters * width * 17 // 16 + 64 * 2**20 + (weights if exports_model else 0)
     disk += 8 * shapes.num_block_parameters if needs.gradients else 0

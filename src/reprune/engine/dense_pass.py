@@ -12,6 +12,7 @@ from torch import Tensor
 from reprune.calibration.roles import Texts
 from reprune.engine.activations import Stores, compare
 from reprune.engine.chains import Chains
+from reprune.engine.gradients import ModelGradients
 from reprune.engine.observing import collect
 from reprune.engine.statistics import InputStatistics
 from reprune.errors import RunError
@@ -34,6 +35,7 @@ class DensePass:
     pattern: Pattern
     stores: Stores
     seed: int
+    gradients: ModelGradients | None = None
 
     @torch.no_grad()
     def visit(self, *, norm: bool = False, gram: bool = False, text: bool = True) -> Iterator[DenseBlock]:
@@ -70,6 +72,10 @@ class _Visited:
 
     @cached_property
     def layers(self) -> Mapping[str, LayerContext]:
+        gradients = (
+            {} if self.view.gradients is None or not self.views else self.view.gradients.of(self.index)
+        )
+        device = self.view.model.plan.device
         return {
             name: LayerContext(
                 name.partition(".")[2],
@@ -77,6 +83,7 @@ class _Visited:
                 view.weight,
                 self.statistics.get(name),
                 generator(self.view.seed, "allocation", name),
+                gradients=gradients[name.partition(".")[2]].to(device) if gradients else None,
             )
             for name, view in self.views.items()
         }

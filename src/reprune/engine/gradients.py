@@ -65,7 +65,9 @@ class ModelGradients:
         for block in range(len(model.blocks)):
             chains.advance_dense(block)
         behind = _behind_last_block(model, texts, chains.dense[len(model.blocks)], stores)
-        for block in reversed(range(len(model.blocks))):
+        # No further back than the first block of which anything is wanted.
+        first = next(block for block, wanted in enumerate(layers) if wanted)
+        for block in reversed(range(first, len(model.blocks))):
             sums, behind = _through_block(chains, block, texts, layers[block], behind, stores)
             self._write(block, sums)
             del chains.dense[block + 1]
@@ -199,14 +201,17 @@ class _Sums:
     def add(self, gradients: Mapping[str, Tensor]) -> None:
         self.count += 1
         for name, gradient in gradients.items():
-            zeros = torch.zeros_like(gradient)
-            self.sums[name] = self.sums.get(name, zeros) + gradient
-            self.squares[name] = self.squares.get(name, zeros) + gradient.square()
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(gradient)
+                self.squares[name] = torch.zeros_like(gradient)
+            self.sums[name] += gradient
+            self.squares[name].addcmul_(gradient, gradient)
 
     def means(self) -> dict[str, GradientStatistics]:
+        """They take the place of the sums."""
         return {
             name: GradientStatistics(
-                self.sums[name] / self.count, self.squares[name] / self.count, self.count
+                self.sums[name].div_(self.count), self.squares[name].div_(self.count), self.count
             )
             for name in self.sums
         }

@@ -41,10 +41,6 @@ def prune_units(
         share = sum(shares[name] * size for name, size in sizes.items()) / sum(sizes.values())
         kept = pattern.keep_units(units, share)
         removed = ~kept
-        # Few units make coarse steps: a single one at 50 % goes.
-        notes = (
-            [] if bool(kept.any()) else [f"nothing is left of {coupling.submodule}: it has {len(kept)} units"]
-        )
         for name in names:
             keep = torch.ones_like(layers[name].weight, dtype=torch.bool)
             if name == coupling.consumer:
@@ -52,7 +48,7 @@ def prune_units(
             else:
                 keep[coupling.rows[name][removed].reshape(-1)] = False
             facts = {"units": len(kept), "removed_units": int(removed.sum())}
-            found[name] = Pruned(torch.where(keep, layers[name].weight, 0), keep, notes, facts)
+            found[name] = Pruned(torch.where(keep, layers[name].weight, 0), keep, (), facts)
     return found
 
 

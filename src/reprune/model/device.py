@@ -56,17 +56,22 @@ class DevicePlan:
 
     @contextmanager
     def holding(self, *modules: nn.Module) -> Iterator[None]:
-        """Keep `modules` on the device for the time of the context."""
+        """Keep `modules` on the device for the time of the context; those that are there already stay afterwards."""
         if self.kind == "cpu":
             yield
             return
+        moved = [module for module in modules if not self._has(module)]
         try:
-            for module in modules:
+            for module in moved:
                 module.to(self.device)
             yield
         finally:
-            for module in modules:
+            for module in moved:
                 module.to("cpu")
+
+    def _has(self, module: nn.Module) -> bool:
+        """Whether all of a module rests on the device."""
+        return all(tensor.device == self.device for tensor in (*module.parameters(), *module.buffers()))
 
     def put(self, value: object) -> object:
         """Move the tensors of a nest of tuples, lists and dicts to the device."""

@@ -186,8 +186,9 @@ class LoadedModel:
 
         The caller holds `outside_blocks` on the device.
         """
-        # Blocks are recorded first, which tells what they return behind the hidden states.
-        self._recorded(tokens_BT.shape, positions_BT)
+        assert self._wraps, (
+            "blocks are recorded first, by `embed`, which tells what they return behind the hidden states"
+        )
         with passing_on(self.blocks, states_BTH, self._wraps):
             return self.differentiable_logits(tokens_BT, {}, positions_BT)
 

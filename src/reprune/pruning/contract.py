@@ -170,6 +170,11 @@ class ScorePruner(ABC):
     needs: ClassVar[Needs] = Needs()
     within: ClassVar[Group] = Group.MATRIX
 
+    @property
+    def reorders(self) -> bool:
+        """Whether a mask's groups of columns are others than consecutive ones, so that nothing may go on with it."""
+        return False
+
     def check(self, pattern: Pattern) -> None:  # noqa: B027 (most methods have nothing to check)
         """Scores go with every pattern."""
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from reprune.errors import require_nonnegative
-from reprune.pruning.contract import LayerContext, Needs, ScorePruner
-from reprune.sparsity.patterns import Group
+from reprune.pruning.contract import LayerContext, Needs, Pruned, ScorePruner
+from reprune.sparsity.patterns import Group, Pattern
 
 
 @dataclass(kw_only=True)
@@ -43,9 +43,18 @@ class DPruner(ScorePruner):
     def score(self, layer: LayerContext) -> Tensor:
         """See ScorePruner."""
         weight, gradients = layer.weight.float(), layer.loss_gradients
-        factor, _ = layer.inputs.inverse_factor(self.damp, f"block {layer.block}, layer {layer.name}")
+        factor, _ = self._factor(layer)
         # (H⁻¹)_jj from its Cholesky factor, H⁻¹ = Cᵀ C.
         general = weight.square() / (2 * factor.square().sum(dim=0))
         weighting = 1 + 2 * self.regularisation * self.step**2 * general * gradients.mean_square
         change = gradients.mean * weighting * weight
         return (change + 0.5 * change.square()).abs()
+
+    def prune(self, layer: LayerContext, pattern: Pattern, sparsity: float) -> Pruned:
+        """See Pruner."""
+        _, notes = self._factor(layer)
+        return replace(super().prune(layer, pattern, sparsity), notes=notes)
+
+    def _factor(self, layer: LayerContext) -> tuple[Tensor, list[str]]:
+        """C with H⁻¹ = Cᵀ C, computed once for all layers that share the input, and remarks on its dampening."""
+        return layer.inputs.inverse_factor(self.damp, f"block {layer.block}, layer {layer.name}")

@@ -15,8 +15,7 @@ from reprune.sparsity.patterns import Group
 class Fisher(ScorePruner):
     """S_ij = ½ W_ij² · mean_n g_n,ij², g_n the gradient of sequence n's mean next-token loss in the dense model.
 
-    Compared within the `matrix` or the output `row`. What is ranked is √(2S) = |W| · √(mean g²): the order is the same,
-    and squares near the smallest float32 do not vanish.
+    Compared within the `matrix` or the output `row`.
     """
 
     compare: Literal["matrix", "row"] = "row"
@@ -28,4 +27,4 @@ class Fisher(ScorePruner):
 
     def score(self, layer: LayerContext) -> Tensor:
         """See ScorePruner."""
-        return layer.weight.float().abs() * layer.loss_gradients.mean_square.sqrt()
+        return 0.5 * layer.weight.float().square() * layer.loss_gradients.mean_square

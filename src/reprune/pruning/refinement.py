@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from reprune.pruning.contract import LayerContext, Needs, Pruned, Pruner
@@ -36,15 +37,14 @@ def needs_of(pruner: Pruner, refinement: Refinement | None) -> Needs:
 
 
 def refined(refinement: Refinement, layer: LayerContext, pruned: Pruned, pattern: Pattern) -> Pruned:
-    """The pruned layer with its mask refined.
+    """The pruned layer with its mask refined; what stays has the values it had before it was pruned.
 
-    Weights that stay keep what the method made of them; a weight that comes back has the value it had before.
+    A refinement judges swaps by these, and what a method like SparseGPT made of the weights belongs to its own mask:
+    kept under another it makes the layer's error larger. Least squares (`reconstruction=least_squares`) fits them anew.
     """
     keep = refinement.refine(layer, pruned.keep, pattern)
     assert keep.shape == pruned.keep.shape
     assert bool((keep.sum(dim=1) == pruned.keep.sum(dim=1)).all()), "a refinement swaps weights within a row"
-    back = keep & ~pruned.keep
-    swapped = int(back.sum())
-    weight = pruned.weight.masked_fill(~keep, 0)
-    weight[back] = layer.weight[back]
+    swapped = int((keep & ~pruned.keep).sum())
+    weight = torch.where(keep, layer.weight, 0)
     return Pruned(weight, keep, pruned.notes, {**pruned.facts, "swapped": swapped})

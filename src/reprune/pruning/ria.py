@@ -22,7 +22,7 @@ class RIA(ScorePruner):
     `activation_power` is a (0.5). Compared within the matrix (`matrix`, as the paper's code does) or the output `row`.
 
     `permute`: for N:M the input channels are first spread over the groups so that those with high scores share a group
-    as little as possible (the paper's heuristic allocation); the mask then has N:M in that order of channels, not in the
+    as little as possible (the paper's heuristic allocation, without its linear assignment); the mask then has N:M in that order of channels, not in the
     model's own, so that hardware needs them permuted too. Nothing is stored but the mask.
     """
 
@@ -35,6 +35,11 @@ class RIA(ScorePruner):
     def __post_init__(self) -> None:
         require_nonnegative(activation_power=self.activation_power)
         self.within = Group(self.compare)  # type: ignore[misc]
+
+    @property
+    def reorders(self) -> bool:
+        """Where channels are permuted."""
+        return self.permute
 
     def score(self, layer: LayerContext) -> Tensor:
         """See ScorePruner."""

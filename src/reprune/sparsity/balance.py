@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 from scipy.optimize import brentq
 
-MOST = 1 - 1e-6
-"""The largest share of a layer: below 1, so that a wish alone empties none."""
+MOST = 0.99
+"""The largest share that a wish gives a layer, so that none is emptied: round half up makes 1 − 1e-6 of 576 all of them."""
 
 Numbers = Mapping[str, float]
 Counts = Mapping[str, int]
@@ -25,11 +25,11 @@ def scaled(wished: Numbers, num_weights: Counts, sparsity: float) -> dict[str, f
     Layers that wish nothing get nothing while the others can meet the budget; else they share the rest alike.
     """
     idle = {name for name, wish in wished.items() if not wish > 0}
-    rest = sum(num_weights[name] for name in idle)
+    rest, cap = sum(num_weights[name] for name in idle), max(MOST, sparsity)
     others = sum(num_weights.values()) - rest
-    left = sparsity * (rest + others) - MOST * others
+    left = sparsity * (rest + others) - cap * others
     if idle and left > 0:
-        return {name: min(left / rest, MOST) if name in idle else MOST for name in wished}
+        return {name: min(left / rest, cap) if name in idle else cap for name in wished}
     most = _reciprocal(wished)
     return met(lambda c: {name: c * s for name, s in wished.items()}, 0.0, most, num_weights, sparsity)
 
@@ -53,14 +53,14 @@ def met(
     sparsity: float,
     most: float = MOST,
 ) -> dict[str, float]:
-    """The shares, clipped to [0, `most`], whose weighted mean is `sparsity`.
+    """The shares, clipped to [0, `most`] (or `sparsity`, if that is more), whose weighted mean is `sparsity`.
 
     `shares` rise with their argument, from too low at `low` to too high at `high`.
     """
-    total = sum(num_weights.values())
+    total, cap = sum(num_weights.values()), max(most, sparsity)
 
     def clipped(c: float) -> dict[str, float]:
-        return {name: min(max(share, 0.0), most) for name, share in shares(c).items()}
+        return {name: min(max(share, 0.0), cap) for name, share in shares(c).items()}
 
     def excess(c: float) -> float:
         return sum(share * num_weights[name] for name, share in clipped(c).items()) / total - sparsity

@@ -18,8 +18,9 @@ class CoupledUnits:
 
     A unit's score is the sum of the scores of its weights: of `all` of them (LLM-Pruner's sum over a coupled group,
     Ma et al., 2023, arXiv 2305.11627), or of its columns of the `consumer` alone. round-half-up(units · sparsity) of the
-    units of each submodule go, those with the lowest scores. Where query heads share keys and values, all heads of a
-    group are one unit, so that few groups make coarse steps.
+    units of each submodule go, those with the lowest scores. One unit always stays. Where query heads share keys and
+    values, all heads of a group are one unit, so that few groups make coarse steps: of three groups at 50 % two go, of a
+    single one none. What went is in the record, by layer.
     """
 
     scores_of: Literal["all", "consumer"] = "all"
@@ -59,8 +60,9 @@ class CoupledUnits:
         return columns.expand(scores.shape).clone()
 
     def keep_units(self, scores: Tensor, sparsity: float) -> Tensor:
-        """Bool [units], True where the unit stays."""
-        return keep_highest(scores[None], count_removed(len(scores), sparsity))[0]
+        """Bool [units], True where the unit stays; one always does."""
+        removed = min(count_removed(len(scores), sparsity), len(scores) - 1)
+        return keep_highest(scores[None], removed)[0]
 
     def unit_scores(
         self, scores: Mapping[str, Tensor], consumer: str, columns: Tensor, rows: Mapping[str, Tensor]

@@ -50,12 +50,13 @@ class Global(ModelAllocation):
     def check(self, wanted: Wanted) -> None:
         """ConfigError for a pruner without a score, a score that needs gradients, and a cap below the sparsity."""
         score = self._score(wanted.pruner)
-        if score.needs.gradients or score.needs.block_gradients:
+        if score.needs.block_gradients or (score.needs.gradients and self.score is not None):
             raise ConfigError(
                 "allocation.score",
-                "gradients are not taken before the sparsities are known, so a score that needs them cannot rank",
+                "gradients of blocks, or of the whole model for another score than the run's, are not taken before the "
+                "sparsities are known",
                 value=type(score).__name__,
-                accepted="a score of weights and activations",
+                accepted="a score of weights, activations or the run's own gradients",
                 hint="allocation=global_magnitude",
             )
         if max(wanted.sparsities) > self.at_most:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import floor
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -131,14 +130,10 @@ class Unstructured:
 
 @dataclass(kw_only=True)
 class KeptOfGroup:
-    """N:M as kept:group: of every `group` consecutive inputs of an output, `kept` stay (2:4 keeps 2 of 4).
-
-    `mixed`: `kept` is the mean, and every block keeps a count of its own, as the allocation has it.
-    """
+    """N:M as kept:group: of every `group` consecutive inputs of an output, `kept` stay (2:4 keeps 2 of 4)."""
 
     kept: int
     group: int
-    mixed: bool = False
 
     def __post_init__(self) -> None:
         require_positive(kept=self.kept, group=self.group)
@@ -151,10 +146,6 @@ class KeptOfGroup:
                 hint="N:M is kept:group here, so 2:4 is kept=2 group=4",
             )
 
-    def identity(self) -> dict[str, Any]:
-        """What changes a number."""
-        return {"kept": self.kept, "group": self.group, **({"mixed": True} if self.mixed else {})}
-
     @property
     def columns(self) -> int | None:
         """The group."""
@@ -162,8 +153,8 @@ class KeptOfGroup:
 
     @property
     def varies(self) -> bool:
-        """Where it is mixed."""
-        return self.mixed
+        """One for all."""
+        return False
 
     @property
     def units(self) -> bool:
@@ -171,29 +162,12 @@ class KeptOfGroup:
         return False
 
     def settle(self, shares: Mapping[str, float], num_weights: Mapping[str, int]) -> dict[str, float]:
-        """Mixed: whole counts by block, the blocks that lose most by rounding down rounded up until the mean is met."""
-        if not self.mixed:
-            return dict(shares)
-        weights, wished = defaultdict[str, int](int), defaultdict[str, float](float)
-        for name, share in shares.items():
-            block = name.partition(".")[0]
-            weights[block] += num_weights[name]
-            wished[block] += share * num_weights[name] * self.group
-        exact = {block: wished[block] / weights[block] for block in weights}
-        counts = {block: min(floor(count), self.group - 1) for block, count in exact.items()}
-        missing = sum((exact[block] - counts[block]) * weights[block] for block in weights)
-        for block in sorted(weights, key=lambda block: counts[block] - exact[block]):
-            # Rounded up where that brings the mean nearer to the one that was asked for.
-            if counts[block] < self.group - 1 and weights[block] <= 2 * missing:
-                counts[block] += 1
-                missing -= weights[block]
-        return {name: counts[name.partition(".")[0]] / self.group for name in shares}
+        """The shares as they are: all are the same."""
+        return dict(shares)
 
     def resolve(self, sparsity: float | None) -> float:
-        """1 − kept/group; another sparsity is an error, unless it is mixed."""
+        """1 − kept/group; another sparsity is an error."""
         implied = 1 - self.kept / self.group
-        if self.mixed and sparsity is not None:
-            return Unstructured().resolve(sparsity)
         if sparsity is not None and abs(sparsity - implied) > 1e-9:
             raise ConfigError(
                 "sparsity",
@@ -215,11 +189,6 @@ class KeptOfGroup:
 
     def check_steps(self, steps: Sequence[float]) -> None:
         """Every round must remove at least one weight more of a group, the last group − kept in all."""
-        if self.mixed:
-            raise ConfigError(
-                "schedule", "blocks with counts of their own are pruned in one round", value=f"{len(steps)} rounds",
-                accepted="one_shot with pattern.mixed", hint="schedule=one_shot",
-            )  # fmt: skip
         counts = [count_removed(self.group, step) for step in steps]
         if counts[-1] != self.group - self.kept or any(b <= a for a, b in zip([0, *counts], counts, strict=False)):  # fmt: skip
             raise ConfigError(

@@ -49,12 +49,12 @@ class Sensitivity(ModelAllocation):
                 accepted="one or more validation texts",
                 hint="+calibration@validation.choice=web",
             )
-        if pruner.needs.gradients or pruner.needs.block_gradients:
+        if pruner.needs.block_gradients:
             raise ConfigError(
                 "allocation",
-                f"{type(pruner).__name__} needs gradients, which are not taken before the sparsities are known",
+                f"{type(pruner).__name__} needs gradients of blocks, which are not taken before the sparsities are known",
                 value="sensitivity",
-                accepted="a pruner that reads weights and activations only",
+                accepted="a pruner that reads weights, activations or the whole model's gradients",
                 hint="pruner=wanda or sparsegpt, or another allocation",
             )
         grid = self._grid(wanted.pattern)
