@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS, CLAIMS = ROOT / "experiments/results", ROOT / "experiments/evidence"
 README, FIGURE, VERDICTS = ROOT / "README.md", ROOT / "docs/evidence.png", RESULTS / "evidence_verdicts.csv"
 PLACE = "make evidence"
-READ = {"main": ("main",), "around": ("main", "around"), "gemma": ("gemma",)}
+READ = {"main": ("main",), "longer": ("main", "longer"), "around": ("main", "around"), "gemma": ("gemma",)}
 """Which files of runs the claims of a file are about."""
 
 
