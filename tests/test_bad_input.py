@@ -77,7 +77,7 @@ TABLE = [
     Bad("reconstruction.input_chain=sparce", "reconstruction.input_chain", ("'sparce'", "sparse, dense")),
     Bad("reconstruction.loss=mae", "reconstruction.loss", ("mae", "mse, relative_mse, cosine", "mse")),
     Bad("reconstruction.trainable=al", "reconstruction.trainable", ("al", "linears", "did you mean 'all'?")),
-    Bad("reconstruction.optimiser=adamv", "reconstruction.optimiser", ("adamv", "adamw, adam, sgd")),
+    Bad("reconstruction.optimiser=adamv", "reconstruction.optimiser", ("adamv", "adamw, adam, rmsprop, sgd")),
     Bad("tracking=wandb tracking.mode=of", "tracking.mode", ("'of'", "offline, online, disabled")),
     # Ranges.
     Bad("sparsity=1", "sparsity", ("1.0", "0 ≤ sparsity < 1")),

@@ -50,7 +50,7 @@ def test_page_holds_tables_plots_verdicts_and_what_is_not_finished(
     assert "br_gp helps" in page
     assert f"{2 * SWEEP_SETS - 1} finished, 1 not finished" in page
     assert unfinished.name in page
-    assert page.count("<svg") == 8
+    assert page.count("<svg") == 9
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#|data:)""", page.replace("xlink:href", "href"))
     assert "url(http" not in page
     printed = capsys.readouterr().out
@@ -147,7 +147,7 @@ def test_no_request_leaves_the_page(sweep: Path, tmp_path: Path, monkeypatch: py
     page = tmp_path / "out" / "report.html"
     page.write_text(page.read_text().replace("</body>", f"{script}</body>"))
     dom = dom_of(page, tmp_path)
-    assert dom.count("<svg") == 7
+    assert dom.count("<svg") == 8
     assert "<button>" in dom
     assert "<title>asked </title>" in dom
     leak = tmp_path / "leak.html"

@@ -165,7 +165,7 @@ def test_slurm_array_that_runs_out_of_time(
     """Catches a script that asks for the wrong things, and a time limit that loses windows or counts as a failure."""
     out = tmp_path / "out"
     # Long enough that a task, told to end, does not end by itself first.
-    grid = (*GRID, "reconstruction.epochs=180")
+    grid = (*GRID, "reconstruction.epochs=500")
     driver = launch(out, "launcher=slurm", "hydra.launcher.timeout_min=5", *grid)
 
     def both() -> bool:

@@ -37,8 +37,9 @@ def result_of(
     }
     if earlier:
         # Time, memory and what a run was asked as are those of its pruning, not of an evaluation added later.
-        kept = ("seconds", "peak_memory_bytes", "choices", "experiment")
-        result |= {name: earlier[name] for name in kept}
+        result |= {name: earlier[name] for name in ("seconds", "peak_memory_bytes", "experiment")}
+        asked = {"evaluation": result["choices"].get("evaluation", "")}
+        result["choices"] = {**earlier["choices"], **asked}
     if meter.device_peak_bytes:
         result["peak_device_memory_bytes"] = meter.device_peak_bytes
     if failed:
