@@ -280,6 +280,12 @@ def test_gradients_go_no_further_back_than_they_are_wanted(tmp_path: Path) -> No
     assert not (tmp_path / "gradients" / "1.safetensors").exists()
 
 
+def test_blocks_that_stay_dense_have_no_gradients(tmp_path: Path) -> None:
+    """Catches a file without tensors, which cannot be read, for blocks behind those that are pruned."""
+    _, result = run_tiny(tmp_path, "pruner=snip", "target_blocks=0:2", "reconstruction=none")
+    assert {name.partition(".")[0] for name in result["sparsity"]["layers"]} == {"0", "1"}
+
+
 @pytest.mark.parametrize(
     "more",
     [["refine=sparse_swaps"], ["schedule=iterative", "schedule.rounds=2", "schedule.shape=linear"]],

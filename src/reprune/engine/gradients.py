@@ -69,7 +69,8 @@ class ModelGradients:
         first = next(block for block, wanted in enumerate(layers) if wanted)
         for block in reversed(range(first, len(model.blocks))):
             sums, behind = _through_block(chains, block, texts, layers[block], behind, stores)
-            self._write(block, sums)
+            if sums:
+                self._write(block, sums)
             del chains.dense[block + 1]
         write_json(self.folder / DONE, {"blocks": len(model.blocks)})
 

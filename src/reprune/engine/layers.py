@@ -106,7 +106,7 @@ class BlockPruning:
     def _gradients(self, views: Views) -> Callable[[str], dict[str, GradientStatistics]]:
         """By layer the fields of LayerContext with gradients, of those that are needed."""
         found: dict[str, Mapping[str, GradientStatistics]] = {}
-        if self.plan.needs.gradients:
+        if self.plan.needs.gradients and views:
             assert self.plan.gradients is not None
             found["gradients"] = self.plan.gradients.of(self.block)
         if self.plan.needs.block_gradients and views:
