@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +93,28 @@ def test_ray_cluster_that_loses_a_node(
         REPRUNE_CACHE=str(tmp_path / "shared"),
     )  # fmt: skip
 
-    def one_on_each() -> dict[str | None, tuple[str, int]] | None:
+    def one_on_each() -> dict[str | None, str] | None:
         under_way = {run: facts for run, facts in running(out).items() if facts.get("block", 0) >= 1}
-        places = {_node_of(facts["pid"], two_nodes): (run, facts["pid"]) for run, facts in under_way.items()}
-        return places if set(places) == {"head", "second"} and finished(out) >= 3 else None
+        places = {_node_of(facts["pid"], two_nodes): run for run, facts in under_way.items()}
+        if set(places) != {"head", "second"} or finished(out) < 3:
+            return None
+        # Far enough from its end that it cannot get there before it notices that its worker is gone.
+        return places if under_way[places["second"]]["block"] <= 3 else None
 
     places = wait_until(one_on_each, "a job on each node at once, in the middle of the sweep", driver)
-    seen = {read_json(out / run / "environment.json")["visible_devices"] for run, _ in places.values()}
+    lost = out / places["second"]
+    pid = read_json(lost / "status.json")["pid"]
+    # It waits while its node is taken away, however long that takes.
+    os.kill(pid, signal.SIGSTOP)
+    assert not (lost / "result.json").exists()
+    seen = {read_json(out / run / "environment.json")["visible_devices"] for run in places.values()}
     assert seen == {"0"}, "each node has one GPU, and its job sees that one"
     assert any(row["state"] == "queued" for row in status_rows([out])), "whoever asks sees what waits"
-    lost, pid = places["second"]
     two_nodes.remove_node(two_nodes.second, allow_graceful=False)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
     wait_for_the_end_of(pid)
-    assert not (out / lost / "result.json").exists()
+    assert not (lost / "result.json").exists()
     code, said = ended(driver)
     assert code == 0, said
     assert list(reprune.results(out)["state"]) == ["finished"] * 8
