@@ -51,8 +51,11 @@ from reprune.sparsity.sensitivity import Sensitivity, filled
 from support import block_outputs, changed, load_tiny, option, options, random_text, some_texts, state_of
 
 READ_MODEL = [
-    name for name in options("allocation") if isinstance(option("allocation", name), ModelAllocation)
+    name
+    for name in options("allocation")
+    if isinstance(option("allocation", name), ModelAllocation) and name != "global_units"
 ]
+"""That of whole units, which keep a budget as nearly as they can, is tested with them."""
 EVERY = pytest.mark.parametrize("allocation_name", READ_MODEL)
 Shares = Mapping[str, float]
 

@@ -27,7 +27,7 @@ from reprune.sweep import Sweep
 
 ROOT = config_root()
 CONF = ROOT / "conf"
-GLOBAL = ("experiments", "arm", "sweeps", "launcher")
+GLOBAL = ("method", "experiments", "arm", "sweeps", "launcher")
 """Groups whose files are deltas on the whole config, not one node."""
 OPTIONS = [
     (path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name not in GLOBAL

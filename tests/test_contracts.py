@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reprune.cache import cache_root
-from reprune.pruning.contract import LayerContext, LayerShape, Pruned, Pruner
+from reprune.pruning.contract import LayerContext, LayerShape, Pruned, Pruner, UnitPruner
 from reprune.sparsity.allocation import Layers, SizeAllocation
 from reprune.sparsity.patterns import Group, Pattern
 from reprune.tensor_files import write_tensors
@@ -26,7 +26,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GIVEN = {"mask": {"path": "mask.safetensors"}}
 """Keys that have to be set, by pruner."""
 
-EVERY_PRUNER = pytest.mark.parametrize("pruner_name", options("pruner"))
+LAYER_PRUNERS = [
+    name
+    for name in options("pruner")
+    if not isinstance(option("pruner", name, **GIVEN.get(name, {})), UnitPruner)
+]
+"""Those of whole units, which no layer has alone, are tested as a block is pruned."""
+EVERY_PRUNER = pytest.mark.parametrize("pruner_name", LAYER_PRUNERS)
 EVERY_PATTERN = pytest.mark.parametrize("pattern_name", options("pattern"))
 
 

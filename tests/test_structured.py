@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from helpers import plan_of, run_tiny
 from reprune.engine.units import prune_units
 from reprune.errors import ConfigError, RunError
-from reprune.model.coupling import find_couplings
+from reprune.model.coupling import Coupling, find_couplings
 from reprune.pruning.contract import LayerContext
 from reprune.pruning.magnitude import Magnitude
 from reprune.pruning.wanda import Wanda
@@ -53,6 +54,10 @@ def test_whole_units_go_and_only_those(architecture: str, tmp_path: Path) -> Non
             assert not view.weight[~keep[name]].any()
 
 
+def _not_read(coupling: Coupling) -> Tensor:
+    raise AssertionError("scores of weights need nothing of what units put out")
+
+
 def test_the_units_with_the_lowest_sums_go() -> None:
     """Catches sums over other rows than the unit's, and scores of one layer alone where all count."""
     model = load_tiny("llama")
@@ -62,7 +67,7 @@ def test_the_units_with_the_lowest_sums_go() -> None:
     }
     shares = dict.fromkeys(layers, 0.25)
     for pattern in (CoupledUnits(), CoupledUnits(scores_of="consumer")):
-        found = prune_units(model, Magnitude(), pattern, layers, shares)
+        found = prune_units(model, Magnitude(), pattern, layers, shares, _not_read)
         coupling = max(find_couplings(model, 0), key=lambda it: len(it.columns))
         sums = []
         for unit in range(len(coupling.columns)):

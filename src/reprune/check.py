@@ -24,6 +24,7 @@ from reprune.engine.windows import windows_over
 from reprune.errors import ConfigError, require_nonnegative
 from reprune.evaluation.suite import SuiteEntry, check_suite, described_tokenizer
 from reprune.files import sha256_of_json
+from reprune.fit_checks import check_experts, check_new_biases, check_stop_on
 from reprune.identity import canonical, schedule_identity, technique_identity
 from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan, plan_device
@@ -32,13 +33,19 @@ from reprune.pruning.contract import Needs, Pruner
 from reprune.pruning.refinement import Refinement, Unrefined, needs_of
 from reprune.reconstruction.objective import check_lengths
 from reprune.reconstruction.technique import Technique
-from reprune.rounds import allocated, check_gradient_text, check_order, check_refinement, check_units
+from reprune.rounds import (
+    allocated,
+    check_gradient_text,
+    check_nothing_else_decides,
+    check_order,
+    check_refinement,
+    check_units,
+)
 from reprune.run_folder import RunFolder, config_hash
 from reprune.shapes import Shapes, Sizes, check_room, existing, shapes_of, sizes_of
 from reprune.sparsity.allocation import ModelAllocation, SizeAllocation
 from reprune.sparsity.patterns import Pattern, Unstructured
 from reprune.sparsity.schedule import Schedule
-from reprune.sparsity.uniform import Uniform
 from reprune.tracking.contract import Tracking
 
 
@@ -156,7 +163,8 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
     tokenizer = load_tokenizer(source)
     shapes = shapes_of(source, config["targets"], config["target_blocks"])
     windows_over(shapes.num_blocks, technique.window, technique.stride)
-    _check_experts(technique, shapes, len(schedule.steps(sparsity)))
+    check_experts(technique, shapes, len(schedule.steps(sparsity)))
+    check_new_biases(technique, shapes, source, export=config["export"]["model"])
     if pruner.needs.prunes:
         pruner.check(pattern)
         for name, layer in shapes.target_layers.items():
@@ -164,7 +172,7 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
     rounds: list[dict[str, float]] | None
     brought = pruner.brings(shapes.target_layers, pattern, known=shapes.layers)
     if brought is not None:
-        _check_nothing_else_decides(config["sparsity"], allocation, schedule)
+        check_nothing_else_decides(config["sparsity"], allocation, schedule)
         sparsity = _total(brought, shapes.num_weights)
         steps, rounds = [sparsity], [dict(brought)]
     else:
@@ -184,7 +192,7 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
         resolve_bos(request.source.bos, tokenizer, request.key)
         request.source.check_tokenizer(tokenizer, request.key)
         request.source.check_room(shapes.max_length, tokenizer, request.key)
-    _check_stop_on(technique, requests)
+    check_stop_on(technique, requests)
     suite = [
         SuiteEntry(name, evaluator, evaluator.cut(tokenizer, f"evaluation.{name}"))
         for name, evaluator in evaluators.items()
@@ -244,61 +252,6 @@ def _built(config: Mapping[str, Any], group: str, where: Mapping[str, str]) -> d
 def _total(layer_sparsity: Mapping[str, float], num_weights: Mapping[str, int]) -> float:
     removed = sum(share * num_weights[name] for name, share in layer_sparsity.items())
     return removed / sum(num_weights[name] for name in layer_sparsity)
-
-
-def _check_nothing_else_decides(sparsity: float | None, allocation: object, schedule: Schedule) -> None:
-    """ConfigError for choices that masks which are there already leave nothing to decide for."""
-    problem = "the pruner brings its own masks, which nothing else decides"
-    if sparsity is not None:
-        raise ConfigError("sparsity", problem, value=sparsity, accepted="null", hint="sparsity=null")
-    if not isinstance(allocation, Uniform):
-        raise ConfigError("allocation", problem, value=type(allocation).__name__, accepted="uniform")
-    if len(schedule.steps(0.5)) > 1:
-        raise ConfigError("schedule", problem, value=type(schedule).__name__, accepted="one_shot")
-
-
-def _check_experts(technique: Technique, shapes: Shapes, num_rounds: int) -> None:
-    """ConfigError for least squares between two chains that send a token to different experts."""
-    if technique.layerwise is None or technique.target_chain == "sparse":
-        return
-    if technique.solves_on_dense_inputs(num_rounds - 1):
-        return
-    experts = [name for name, layer in shapes.target_layers.items() if layer.expert]
-    if experts:
-        raise ConfigError(
-            "reconstruction.target_chain",
-            f"{experts[0]} is an expert: the dense and the pruned chain send it different tokens, so that least squares "
-            "has no pairs to go by",
-            value=technique.target_chain,
-            accepted="sparse, for least squares of experts",
-            hint="reconstruction.target_chain=sparse, or targets=attention",
-        )
-
-
-def _check_stop_on(technique: Technique, requests: list[Request]) -> None:
-    """ConfigError unless `stop_on` names a validation text: what a choice is made on can be no probe."""
-    if technique.stop_on is None:
-        return
-    if not technique.trains:
-        raise ConfigError(
-            "reconstruction.stop_on",
-            "nothing is trained that could be stopped",
-            value=technique.stop_on,
-            accepted="null with this technique",
-        )
-    names = [request.name for request in requests if request.use == "validation"]
-    if technique.stop_on in names:
-        return
-    elsewhere = [request.use for request in requests if request.name == technique.stop_on]
-    free = "stop" if elsewhere else technique.stop_on
-    known = f"this is a text for {elsewhere[0]}" if elsewhere else "no validation text has this name"
-    raise ConfigError(
-        "reconstruction.stop_on",
-        f"{known}; text that a choice is made on must be validation text",
-        value=technique.stop_on,
-        accepted=names or "the name of a validation text; there is none yet",
-        hint=f"+calibration@validation.{free}=web reconstruction.stop_on={free}",
-    )
 
 
 def dtype_of(source: ModelSource) -> torch.dtype | None:

@@ -58,8 +58,8 @@ def check_published(name: str | None) -> None:
 
 
 def files_with(key: str, overrides: Sequence[str] | None = None) -> str:
-    """' (in FILE)' for an experiment or arm file that sets the dotted key, else nothing; of those `overrides` name."""
-    for group in ("experiments", "arm", "sweeps"):
+    """' (in FILE)' for a method, experiment or arm file that sets the dotted key, else nothing; of those `overrides` name."""
+    for group in ("method", "experiments", "arm", "sweeps"):
         named = {
             name
             for item in overrides or ()

@@ -58,7 +58,8 @@ def show(plan: RunPlan) -> None:
 
 
 def _in_words(technique: Technique) -> str:
-    parts = ["least squares of every layer"] if technique.layerwise is not None else []
+    layerwise = technique.layerwise
+    parts = [] if layerwise is None else [f"{layerwise.name.replace('_', ' ')} of every layer"]
     if technique.trains:
         blocks = (
             f"window {technique.window}, stride {technique.stride}" if technique.window else "the whole model"

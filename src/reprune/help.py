@@ -23,6 +23,7 @@ GROUPS = {
     "schedule": "in how many steps",
     "reconstruction": "how the dense output is restored; 'none' leaves what the pruner left",
     "evaluation": "what is measured on the pruned model",
+    "method": "several of these choices at once, as a paper has them",
     "tracking": "where metrics go beside the run folder",
     "experiments": "one scientific question each",
     "arm": "points of an experiment, differences only",

@@ -9,11 +9,12 @@ from reprune.calibration.gather import Request
 from reprune.engine.dense_pass import DensePass
 from reprune.errors import ConfigError
 from reprune.files import read_json, write_json
-from reprune.pruning.contract import LayerShape, Needs, Pruner, ScorePruner
+from reprune.pruning.contract import LayerShape, Needs, Pruner, ScorePruner, UnitPruner
 from reprune.pruning.refinement import Refinement
 from reprune.reconstruction.technique import Technique
 from reprune.sparsity.allocation import Layers, ModelAllocation, SizeAllocation, Wanted
 from reprune.sparsity.patterns import Pattern
+from reprune.sparsity.schedule import Schedule
 from reprune.sparsity.uniform import Uniform
 
 
@@ -74,7 +75,7 @@ def check_units(
     if not pattern.units or not pruner.needs.prunes:
         return
     problem = "units of several layers go as a whole by the sum of the scores of their weights"
-    if not isinstance(pruner, ScorePruner):
+    if not isinstance(pruner, ScorePruner | UnitPruner):
         raise ConfigError(
             "pattern", f"{problem}, and this pruner has none", value=type(pruner).__name__,
             accepted="a pruner that is a score: magnitude, wanda, ria, snip, fisher, …", hint="pruner=snip is LLM-Pruner's",
@@ -126,3 +127,14 @@ def check_gradient_text(needs: Needs, requests: Sequence[Request]) -> None:
             "pruner", "the mask data have no part of this name to take gradients on", value=needs.gradient_text,
             accepted=names, hint="calibration=mixture, with the domain's text as one of its parts",
         )  # fmt: skip
+
+
+def check_nothing_else_decides(sparsity: float | None, allocation: object, schedule: Schedule) -> None:
+    """ConfigError for choices that masks which are there already leave nothing to decide for."""
+    problem = "the pruner brings its own masks, which nothing else decides"
+    if sparsity is not None:
+        raise ConfigError("sparsity", problem, value=sparsity, accepted="null", hint="sparsity=null")
+    if not isinstance(allocation, Uniform):
+        raise ConfigError("allocation", problem, value=type(allocation).__name__, accepted="uniform")
+    if len(schedule.steps(0.5)) > 1:
+        raise ConfigError("schedule", problem, value=type(schedule).__name__, accepted="one_shot")

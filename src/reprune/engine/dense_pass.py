@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,9 @@ from reprune.engine.chains import Chains
 from reprune.engine.gradients import ModelGradients
 from reprune.engine.observing import collect
 from reprune.engine.statistics import InputStatistics
+from reprune.engine.units import couplings_of
 from reprune.errors import RunError
+from reprune.model.coupling import Coupling
 from reprune.model.linears import LinearView
 from reprune.model.loading import LoadedModel
 from reprune.pruning.contract import LayerContext, Pruner
@@ -87,6 +89,11 @@ class _Visited:
             )
             for name, view in self.views.items()
         }
+
+    @property
+    def couplings(self) -> Sequence[Coupling]:
+        names = [name.partition(".")[2] for name in self.views]
+        return couplings_of(self.view.model, self.index, names) if names else []
 
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
         assert self.chains is not None

@@ -1,4 +1,4 @@
-"""Prune the layers of one block, and solve their least squares where the technique asks for it."""
+"""Prune the layers of one block, and fit each of them where the technique asks for it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from torch import Tensor
 from reprune.calibration.roles import Texts
 from reprune.engine.chains import Boundary, Chains
 from reprune.engine.gradients import block_gradients
-from reprune.engine.observing import Views, collect, collect_pairs
+from reprune.engine.observing import Views, collect, collect_pairs, collect_projected
 from reprune.engine.pruning_plan import PruningPlan
 from reprune.engine.statistics import InputStatistics, collecting
 from reprune.engine.units import prune_units
 from reprune.errors import RunError
+from reprune.model.coupling import Coupling
 from reprune.model.linears import LinearView
 from reprune.pruning.contract import (
     GradientStatistics,
     LayerContext,
     Pruned,
     ScorePruner,
+    UnitPruner,
 )
 from reprune.pruning.refinement import refined
-from reprune.reconstruction.least_squares import PairStatistics
+from reprune.reconstruction.pairs import PairStatistics
 from reprune.reconstruction.technique import Technique
 from reprune.resources import StageMeter
 from reprune.seeding import generator
@@ -138,8 +140,12 @@ class BlockPruning:
         if not needs.any:
             return {}
         # The solver can go on with a Gram of the same tokens.
-        gram = needs.gram or self._solver_shares_statistics
+        gram = needs.gram or (self._solver_shares_statistics and self._solver_reads_gram)
         return collect(self.chains, self.block, self._read_chain, self.texts.mask, group, gram)
+
+    @property
+    def _solver_reads_gram(self) -> bool:
+        return self.technique.layerwise is not None and self.technique.layerwise.reads_gram
 
     @property
     def _solver_shares_statistics(self) -> bool:
@@ -160,7 +166,8 @@ class BlockPruning:
         own = dict(statistics)
         students = self.inputs if technique.input_chain == "sparse" else self.dense_inputs
         if not (self._solver_shares_statistics and statistics):
-            own = collect(self.chains, self.block, students, self.texts.reconstruction, group, True)
+            gram = self._solver_reads_gram
+            own = collect(self.chains, self.block, students, self.texts.reconstruction, group, gram)
         if technique.target_chain == "sparse" or technique.solves_on_dense_inputs(self.number):
             return {name: (found, None) for name, found in own.items()}
         leaders = {id(found): name for name, found in reversed(own.items())}
@@ -201,8 +208,8 @@ class BlockPruning:
         plan, start = self.plan, time.perf_counter()
         shares = {name: plan.rounds[self.number][f"{self.block}.{name}"] for name in layers}
         if isinstance(plan.pattern, CoupledUnits) and plan.pruner.needs.prunes:
-            assert isinstance(plan.pruner, ScorePruner)
-            found = prune_units(self.chains.model, plan.pruner, plan.pattern, layers, shares)
+            assert isinstance(plan.pruner, ScorePruner | UnitPruner)
+            found = prune_units(self.chains.model, plan.pruner, plan.pattern, layers, shares, self._projected)
             each = (time.perf_counter() - start) / max(1, len(found))
             for name, pruned in found.items():
                 yield name, pruned, each
@@ -213,6 +220,12 @@ class BlockPruning:
             if plan.refinement is not None:
                 pruned = refined(plan.refinement, layer, pruned, plan.pattern)
             yield name, pruned, time.perf_counter() - start
+
+    def _projected(self, coupling: Coupling) -> Tensor:
+        view = self.chains.model.linears[self.block][coupling.consumer]
+        return collect_projected(
+            self.chains, self.block, self._read_chain, self.texts.mask, view, coupling.columns
+        )
 
     def _write(
         self,
@@ -244,12 +257,15 @@ class BlockPruning:
         result = pruned.weight
         # What lost nothing is at its optimum, to the bit.
         if solving is not None and not bool(pruned.keep.all()):
-            assert self.technique.layerwise is not None
-            result, row["least_squares"] = self.technique.layerwise.solve(
-                self._dense(view), pruned.weight, pruned.keep, *solving, place
-            )
-            for note in row["least_squares"].get("notes", []):
+            layerwise = self.technique.layerwise
+            assert layerwise is not None
+            solved = layerwise.solve(self._dense(view), pruned.weight, pruned.keep, *solving, place)
+            result, row[layerwise.name] = solved.weight, dict(solved.told)
+            for note in solved.told.get("notes", []):
                 LOG.warning("%s: %s", place, note)
+            if solved.bias_change is not None:
+                bias = self.dense_weights[view.bias].to(solved.bias_change.device)
+                view.write_bias(bias.float() + solved.bias_change)
         view.write(result)
         self.chains.model.plan.synchronise()
         return view.orient(pruned.keep).cpu().contiguous(), row

@@ -18,6 +18,7 @@ from reprune.engine.pruning_plan import PruningPlan
 from reprune.engine.state import Progress, RunState
 from reprune.engine.windows import BlockWindow, windows_over
 from reprune.errors import RunError
+from reprune.model.biases import give_biases
 from reprune.model.loading import LoadedModel
 from reprune.reconstruction.technique import Technique
 from reprune.resources import StageMeter
@@ -58,6 +59,8 @@ class BlockLoop:
 
     def run(self) -> tuple[list[dict[str, Any]], dict[int, dict[str, Tensor]]]:
         """Rows of all blocks, and their keep masks (stored layout). Goes on where an earlier run was killed."""
+        if self.technique.writes_biases:
+            give_biases(self.model, list(self.pruning.rounds[-1]))
         windows = windows_over(len(self.model.blocks), self.technique.window, self.technique.stride)
         if self.state.windows_done() == len(windows):
             # Only an evaluation or an export is wanted: no activation has to be computed for it.

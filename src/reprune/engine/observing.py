@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from reprune.calibration.source import TextSet
@@ -13,7 +14,7 @@ from reprune.engine.chains import Boundary, Chains
 from reprune.engine.statistics import InputStatistics, collecting
 from reprune.errors import RunError
 from reprune.model.linears import LinearView
-from reprune.reconstruction.least_squares import PairStatistics
+from reprune.reconstruction.pairs import PairStatistics
 
 Views = Mapping[str, LinearView]
 
@@ -30,6 +31,35 @@ def collect(
             f"block {block}, layer {missed[0]}: it was not called in the forward pass, so it has no statistics"
         )
     return found
+
+
+def collect_projected(
+    chains: Chains, block: int, inputs: Boundary, texts: Sequence[TextSet], view: LinearView, columns: Tensor
+) -> Tensor:
+    """The mean over tokens of ‖W_u x_u‖₁ for units u of a linear's inputs, `columns` [units, features]: float32 [units]."""
+    weight = view.weight.float()
+    sums, num_tokens = torch.zeros(len(columns), device=weight.device), 0
+
+    @torch.no_grad()
+    def add(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        nonlocal num_tokens
+        given = positional[0] if positional else next(iter(keywords.values()))
+        x = given.reshape(-1, given.shape[-1]).float()
+        num_tokens += len(x)
+        if columns.shape[1] == 1:
+            sums.add_((x.abs().sum(dim=0) * weight.abs().sum(dim=0))[columns[:, 0]])
+            return
+        for unit, own in enumerate(columns):
+            sums[unit] += (x[:, own] @ weight[:, own].T).abs().sum()
+
+    handle = view.module.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        with chains.model.plan.holding(chains.model.blocks[block]):
+            chains.observe(block, inputs, texts)
+    finally:
+        handle.remove()
+    assert num_tokens
+    return sums / num_tokens
 
 
 def collect_pairs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,32 +11,42 @@ from torch import Tensor
 from reprune.errors import RunError
 from reprune.model.coupling import Coupling, find_couplings
 from reprune.model.loading import LoadedModel
-from reprune.pruning.contract import LayerContext, Pruned, ScorePruner, require_finite
+from reprune.pruning.contract import LayerContext, Pruned, ScorePruner, UnitPruner, require_finite
 from reprune.sparsity.coupled_units import CoupledUnits
+
+Projected = Callable[[Coupling], Tensor]
+"""Of the units of a coupling the means over tokens of ‖W_u x_u‖₁, float32 [units]."""
 
 
 def prune_units(
     model: LoadedModel,
-    pruner: ScorePruner,
+    pruner: ScorePruner | UnitPruner,
     pattern: CoupledUnits,
     layers: Mapping[str, LayerContext],
     shares: Mapping[str, float],
+    projected: Projected,
 ) -> dict[str, Pruned]:
     """The layers of a block, by name within it, with whole units removed.
 
     Of each submodule as many units go as the mean of its layers' `shares`, weighted by their sizes, says. RunError for
-    layers that belong to no unit, and for units of which some layers are not to be pruned.
+    layers that belong to no unit, and for units of which some layers are not to be pruned. `projected` gives what a
+    UnitPruner reads, and is not called for others.
     """
     block = next(iter(layers.values())).block
     couplings = couplings_of(model, block, list(layers))
     found: dict[str, Pruned] = {}
     for coupling in couplings:
         names = [coupling.consumer, *coupling.rows]
-        scores = {name: pruner.score(layers[name]).float() for name in names}
-        for name in names:
-            require_finite(scores[name], layers[name])
-        units = pattern.unit_scores(scores, coupling.consumer, coupling.columns, coupling.rows)
-        units = units.masked_fill(_gone(coupling, layers[coupling.consumer]), -torch.inf)
+        consumer = layers[coupling.consumer]
+        if isinstance(pruner, UnitPruner):
+            units = pruner.unit_scores(consumer, coupling.columns, projected(coupling))
+            require_finite(units, consumer)
+        else:
+            scores = {name: pruner.score(layers[name]).float() for name in names}
+            for name in names:
+                require_finite(scores[name], layers[name])
+            units = pattern.unit_scores(scores, coupling.consumer, coupling.columns, coupling.rows)
+        units = units.masked_fill(_gone(coupling, consumer), -torch.inf)
         sizes = {name: layers[name].weight.numel() for name in names}
         share = sum(shares[name] * size for name, size in sizes.items()) / sum(sizes.values())
         kept = pattern.keep_units(units, share)

@@ -78,6 +78,18 @@ class LinearView:
         """Put a [d_out, d_in] weight into the module, in the module's dtype."""
         self.stored.copy_(self.orient(weight))
 
+    @property
+    def bias(self) -> str:
+        """The path within the block of its bias [d_out], whether it has one or not."""
+        assert self.index is None, "what experts are fused into has no bias of one layer's shape"
+        return f"{self.parameter.rpartition('.')[0]}.bias".removeprefix(".")
+
+    @torch.no_grad()
+    def write_bias(self, bias: Tensor) -> None:
+        """Put a bias [d_out] into the module, in the module's dtype."""
+        assert isinstance(self.module.bias, Tensor)
+        self.module.bias.copy_(bias)
+
 
 def linears_of(block: nn.Module) -> dict[str, LinearView]:
     """The prunable linears of a block, in module order: one view for every expert of a fused parameter, no routers.

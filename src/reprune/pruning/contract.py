@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reprune.engine.statistics import InputStatistics
-from reprune.errors import RunError
+from reprune.errors import ConfigError, RunError
 from reprune.sparsity.patterns import Group, Pattern
 
 
@@ -194,6 +194,38 @@ class ScorePruner(ABC):
         require_finite(scores, layer)
         keep = pattern.keep(rank_first(scores, layer.removed), sparsity, self.within)
         return Pruned(torch.where(keep, layer.weight, 0), keep)
+
+
+class UnitPruner(ABC):
+    """Ranks whole units of coupled layers (`pattern=structured`), and leaves the values of those that stay."""
+
+    needs: ClassVar[Needs] = Needs(norm=True)
+
+    def check(self, pattern: Pattern) -> None:
+        """ConfigError for a pattern without units."""
+        if not pattern.units:
+            raise ConfigError(
+                "pattern", "this pruner ranks whole heads and channels, not weights",
+                value=type(pattern).__name__, accepted="structured", hint="pattern=structured",
+            )  # fmt: skip
+
+    def brings(
+        self, layers: Mapping[str, LayerShape], pattern: Pattern, known: Collection[str]
+    ) -> Mapping[str, float] | None:
+        """None: the scores choose."""
+        return None
+
+    @abstractmethod
+    def unit_scores(self, consumer: LayerContext, columns: Tensor, projected: Tensor) -> Tensor:
+        """Importance of every unit, float32 [units]; the lowest are removed.
+
+        `consumer` is the layer that reads them, `columns` [units, features] are theirs of its weight, and `projected`
+        [units] is the mean over tokens of ‖W_u x_u‖₁, of what each of them alone puts out.
+        """
+
+    def prune(self, layer: LayerContext, pattern: Pattern, sparsity: float) -> Pruned:
+        """Never called: units are pruned, not layers."""
+        raise AssertionError("units are of several layers")
 
 
 def rank_first(scores: Tensor, removed: Tensor | None) -> Tensor:

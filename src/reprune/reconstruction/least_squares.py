@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from reprune.engine.statistics import InputStatistics
 from reprune.errors import ConfigError, RunError, require_nonnegative, require_positive
+from reprune.reconstruction.layerwise import Layerwise, Solved
+from reprune.reconstruction.pairs import PairStatistics
 from reprune.reconstruction.solvers import conjugate_gradients, exact
 
 
-@dataclass
-class PairStatistics:
-    """Σ x̂ xᵀ [d_in, d_in], float32, over tokens that a layer saw as x in the dense chain and as x̂ in the pruned one."""
-
-    cross: Tensor | None = None
-
-    @torch.no_grad()
-    def add(self, student: Tensor, teacher: Tensor) -> None:
-        """Add the tokens of two tensors [..., d_in] that belong together."""
-        student_ND = student.reshape(-1, student.shape[-1]).float()
-        teacher_ND = teacher.reshape(-1, teacher.shape[-1]).float()
-        if self.cross is None:
-            self.cross = torch.zeros(student_ND.shape[1], student_ND.shape[1], device=student_ND.device)
-        self.cross.addmm_(student_ND.T, teacher_ND)
-
-
 @dataclass(kw_only=True)
-class LeastSquares:
+class LeastSquares(Layerwise):
     """ŵ_K = (H)_KK⁻¹ (b)_K for every output row with kept set K.
 
     H = 2/n Σ x̂ x̂ᵀ + λI, λ = damp · mean(diag), dead inputs with H_jj = 1 as in SparseGPT. b = H w against the dense
@@ -46,6 +32,11 @@ class LeastSquares:
     min_iterations: int = 20
     max_iterations: int = 400
     tolerance: float = 1e-6
+
+    name: ClassVar[str] = "least_squares"
+    reads_gram: ClassVar[bool] = True
+    writes_bias: ClassVar[bool] = False
+    paired: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_nonnegative(damp=self.damp)
@@ -70,13 +61,8 @@ class LeastSquares:
         statistics: InputStatistics,
         pairs: PairStatistics | None,
         place: str,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """The optimal weights [d_out, d_in], float32, and what to record.
-
-        `dense` is w, `pruned` the start, `keep` the mask, all [d_out, d_in]; `statistics` are of the student's inputs,
-        `pairs` with the dense chain's where these are the target. Raises RunError, naming `place`, when H is not
-        positive definite or not finite.
-        """
+    ) -> Solved:
+        """See Layerwise: the optimal weights, from the pruner's. RunError when H is not positive definite or not finite."""
         hessian, damping, notes = statistics.dampened(
             self.damp, _if_definite, "least squares are singular", place
         )
@@ -99,7 +85,7 @@ class LeastSquares:
             told |= {"iterations": found.iterations, "excess_estimate": found.excess}
         if not bool(torch.isfinite(solved).all()):
             raise RunError(f"{place}: its least squares have no finite solution; raise layerwise.damp (now {self.damp:g})")  # fmt: skip
-        return torch.where(keep, solved, 0), told
+        return Solved(torch.where(keep, solved, 0), told=told)
 
 
 def _if_definite(hessian: Tensor) -> Tensor | None:

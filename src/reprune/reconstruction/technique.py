@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Literal
 
 from reprune.errors import ConfigError, require_nonnegative, require_option, require_positive
-from reprune.reconstruction.least_squares import LeastSquares
+from reprune.reconstruction.layerwise import Layerwise
 
 LR_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 """Those of transformers.get_scheduler that need nothing but the number of steps."""
@@ -32,7 +32,7 @@ class Technique:
     block are pruned on statistics of the dense block (`together`, as the reference codes do) or each group of layers
     on those of the groups pruned before it (`sequential`).
 
-    What is fitted: `layerwise` solves every layer's least squares right after it is pruned. Then `window` blocks from
+    What is fitted: `layerwise` fits every layer right after it is pruned (its least squares, or its bias). Then `window` blocks from
     every `stride`-th on (null: the whole model), or with `granularity: submodule` the output of attention and MLP
     before the residual add, are trained by gradient. `trainable: none` or `epochs: 0` leaves that out.
 
@@ -51,7 +51,7 @@ class Technique:
     target_chain: Chain = "dense"
     statistics_chain: Chain = "sparse"
     within_block: Literal["together", "sequential"] = "together"
-    layerwise: LeastSquares | None = None
+    layerwise: Layerwise | None = None
     trainable: str = "all"
     rank: int = 16
     lora_scale: float = 2.0
@@ -125,6 +125,13 @@ class Technique:
                 f"a polynomial schedule ends at {POLYNOMIAL_END:g}, below which it cannot begin",
                 value=self.learning_rate,
             )
+        if self.layerwise is not None and self.target_chain == "dense" and not self.layerwise.paired:
+            raise ConfigError(
+                "target_chain",
+                "the layer-wise fit goes by the layer's own inputs, those of the pruned chain",
+                value=self.target_chain,
+                accepted="sparse with this `layerwise`",
+            )
         if self.anchor and self.window != self.stride:
             raise ConfigError(
                 "anchor",
@@ -158,6 +165,11 @@ class Technique:
     def trains(self) -> bool:
         """Whether anything is trained by gradient."""
         return self.epochs > 0 and self.trainable != "none"
+
+    @property
+    def writes_biases(self) -> bool:
+        """Whether every layer that is pruned has to have a bias."""
+        return self.layerwise is not None and self.layerwise.writes_bias
 
     @property
     def needs_dense_weights(self) -> bool:

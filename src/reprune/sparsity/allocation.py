@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from reprune.model.coupling import Coupling
 from reprune.pruning.contract import LayerContext, Pruner
 from reprune.sparsity.patterns import Pattern
 
@@ -55,6 +56,11 @@ class DenseBlock(Protocol):
     @property
     def layers(self) -> Mapping[str, LayerContext]:
         """Its layers to prune by full name ('block.name'): weights, and statistics of the mask data in the dense chain."""
+        ...
+
+    @property
+    def couplings(self) -> Sequence[Coupling]:
+        """Its units of coupled layers, of those to prune (`model.coupling`)."""
         ...
 
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:

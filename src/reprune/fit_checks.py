@@ -1,0 +1,79 @@
+"""What a reconstruction technique cannot do with a model or a run's texts, before a weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reprune.calibration.gather import Request
+from reprune.errors import ConfigError
+from reprune.model.biases import told_of
+from reprune.model.checkpoint import ModelSource
+from reprune.model.loading import skeleton
+from reprune.reconstruction.technique import Technique
+from reprune.shapes import Shapes
+
+
+def check_experts(technique: Technique, shapes: Shapes, num_rounds: int) -> None:
+    """ConfigError for least squares between two chains that send a token to different experts."""
+    if technique.layerwise is None or technique.target_chain == "sparse":
+        return
+    if technique.solves_on_dense_inputs(num_rounds - 1):
+        return
+    experts = [name for name, layer in shapes.target_layers.items() if layer.expert]
+    if experts:
+        raise ConfigError(
+            "reconstruction.target_chain",
+            f"{experts[0]} is an expert: the dense and the pruned chain send it different tokens, so that least squares "
+            "has no pairs to go by",
+            value=technique.target_chain,
+            accepted="sparse, for least squares of experts",
+            hint="reconstruction.target_chain=sparse, or targets=attention",
+        )
+
+
+def check_stop_on(technique: Technique, requests: Sequence[Request]) -> None:
+    """ConfigError unless `stop_on` names a validation text: what a choice is made on can be no probe."""
+    if technique.stop_on is None:
+        return
+    if not technique.trains:
+        raise ConfigError(
+            "reconstruction.stop_on",
+            "nothing is trained that could be stopped",
+            value=technique.stop_on,
+            accepted="null with this technique",
+        )
+    names = [request.name for request in requests if request.use == "validation"]
+    if technique.stop_on in names:
+        return
+    elsewhere = [request.use for request in requests if request.name == technique.stop_on]
+    free = "stop" if elsewhere else technique.stop_on
+    known = f"this is a text for {elsewhere[0]}" if elsewhere else "no validation text has this name"
+    raise ConfigError(
+        "reconstruction.stop_on",
+        f"{known}; text that a choice is made on must be validation text",
+        value=technique.stop_on,
+        accepted=names or "the name of a validation text; there is none yet",
+        hint=f"+calibration@validation.{free}=web reconstruction.stop_on={free}",
+    )
+
+
+def check_new_biases(technique: Technique, shapes: Shapes, source: ModelSource, *, export: bool) -> None:
+    """ConfigError for biases that experts cannot have, and for a model that is to be exported with ones it cannot tell of."""
+    if not technique.writes_biases:
+        return
+    experts = [name for name, layer in shapes.target_layers.items() if layer.expert]
+    if experts:
+        raise ConfigError(
+            "reconstruction", f"{experts[0]} is an expert, which gets no bias of its own",
+            value=technique.layerwise.__class__.__name__, accepted="targets without experts", hint="targets=attention",
+        )  # fmt: skip
+    keys = [layer.key for layer in shapes.target_layers.values()]
+    assert all(key is not None for key in keys)
+    paths = {f"{key.removesuffix('.weight')}.bias" for key in keys if key is not None}
+    if export and not told_of(skeleton(source)[0], paths):
+        raise ConfigError(
+            "export.model",
+            "its layers get biases that they had not, of which its config cannot tell plain transformers",
+            value=True,
+            accepted=f"false for {source.name} with this reconstruction",
+        )
