@@ -35,6 +35,7 @@ from reprune.reconstruction.objective import check_lengths
 from reprune.reconstruction.technique import Technique
 from reprune.rounds import (
     allocated,
+    check_compact,
     check_gradient_text,
     check_nothing_else_decides,
     check_order,
@@ -184,6 +185,8 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
     check_refinement(refinement, pruner)
     check_order(pattern, pruner, refinement, steps)
     check_units(pattern, pruner, refinement, technique, list(shapes.target_layers.values()))
+    if config["export"]["compact"]:
+        check_compact(pattern, allocation, shapes.targets, shapes.num_blocks)
     needs = needs_of(pruner, refinement)
     requests = requests_of(mask_data, reconstruction_data, validation, probes)
     check_gradient_text(needs, requests)
@@ -231,8 +234,8 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
             )
     check_suite(suite, shapes.max_length)
     texts, waiting = cut_all(requests, tokenizer, None, seed_data)
-    exports = config["export"]["model"]
-    sizes = sizes_of(texts, waiting, shapes, technique, device, needs, len(steps), exports)
+    exports = config["export"]["model"], config["export"]["compact"]
+    sizes = sizes_of(texts, waiting, shapes, technique, device, needs, len(steps), *exports)
     plan = RunPlan(
         composed, source, tokenizer, device, shapes, pruner, pattern, sparsity, steps, rounds, allocation, refinement,
         schedule, technique, requests,

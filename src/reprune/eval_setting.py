@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from reprune.model.sources import LocalModel
 from reprune.resources import StageMeter
 from reprune.result import result_of
 from reprune.run_folder import RunFolder
-from reprune.schema import RunConfig
+from reprune.schema import ExportConfig, RunConfig
 from reprune.tracking.progress import LOG, ProgressView
 
 OF_A_RUN = ("evaluation", "threads")
@@ -127,7 +127,7 @@ class EvaluatedRun:
         config = {**asked.config, **yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))}
         # What was exported and deleted again is not asked for anew.
         config |= {"evaluation": asked.config["evaluation"], "output_dir": str(folder.path.parent)}
-        config |= {"dry_run": False, "export": {"model": False, "masks": False}}
+        config |= {"dry_run": False, "export": asdict(ExportConfig())}
         # Its tracker has ended with it: what is found later stands in the folder.
         config |= {"tracking": {"_target_": "reprune.tracking.jsonl.JsonlTracking"}}
         if any(item.lstrip("+").startswith("threads=") for item in overrides):
@@ -200,7 +200,7 @@ class EvaluatedRun:
             texts, _ = cut_all(plan.requests, plan.tokenizer, None, plan.seed_data)
             overlap = {**read_json(folder.path / "result.json")["overlap"], **plan.check_texts(texts)}
             meter = StageMeter(plan.device)
-            result = result_of(plan, folder.blocks(), meter, overlap)
+            result = result_of(plan, folder.blocks(), meter, overlap, {})
             write_json(folder.path / "result.json", result)
 
     def results(self) -> list[Found]:

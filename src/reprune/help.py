@@ -40,7 +40,7 @@ TOP_LEVEL = {
     "seed, seed_data, seed_training": "the run's seed; data and training can be set apart",
     "device, dtype, threads": "auto, or cpu, cuda, cuda:N, mps; float32, bfloat16, float16; a number",
     "output_dir": "where run folders lie (outputs)",
-    "export.model, export.masks": "true writes the pruned model, the masks",
+    "export.model, export.masks, export.compact": "true writes the pruned model, the masks, a smaller model without the units that pattern=structured removed",
     "experiment": "the W&B group",
     "max_overlap, allow_overlap": "share of calibration windows that may repeat held-out text (0); true: any",
     "published": "a table of experiments/published, for the report to show beside our numbers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from reprune.engine.loop import BlockLoop
 from reprune.engine.state import RunState
 from reprune.errors import ConfigError, RunError
 from reprune.evaluation.suite import dense_result, dense_scratch, evaluate_pruned, finished
+from reprune.export import export, exported
 from reprune.files import read_json, write_json
 from reprune.measured_plan import check_units, pruning_plan
 from reprune.model.loading import LoadedModel, load_model
@@ -57,8 +58,8 @@ def run(plan: RunPlan, after_commit: OnCommit = lambda windows: None) -> dict[st
         try:
             if folder.finished and not RunState(folder.state).windows_done():
                 raise RunError(
-                    f"{folder.path} is finished and its state/ was freed, so nothing is left to evaluate by this command; "
-                    "use reprune-eval on the run if it exported its model, or remove the folder to prune anew"
+                    f"{folder.path} is finished and its state/ was freed, so nothing is left to evaluate or export by this "
+                    "command; use reprune-eval on the run if it exported its model, or remove the folder to prune anew"
                 )
             # What a finished run was made with and how it ended stay as they were when it is evaluated anew.
             if not folder.finished:
@@ -139,8 +140,8 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
                 if not finished(folder.path, entry):
                     evaluate_pruned(model, entry, folder.path, dense[entry.name], view.evaluation)
         with meter.stage("export"):
-            _export(plan, model, masks)
-        result = result_of(plan, rows, meter, overlap)
+            exports = export(plan, model, texts, masks)
+        result = result_of(plan, rows, meter, overlap, exports)
         tracker.finish(summary_of(result), [{"block": row["block"], **block_metrics(row)} for row in rows])
         if not folder.finished:
             folder.mark("finished")
@@ -198,9 +199,7 @@ def nothing_left(plan: RunPlan) -> bool:
     """Whether all that was asked for is there: the record, its evaluations, its exports."""
     if not plan.folder.finished or not all(finished(plan.folder.path, entry) for entry in plan.suite):
         return False
-    export = plan.config["export"]
-    wanted = [name for name, asked in (("model", export["model"]), ("masks", export["masks"])) if asked]
-    return all((plan.folder.path / name).is_dir() for name in wanted)
+    return exported(plan)
 
 
 def _info(plan: RunPlan) -> RunInfo:
@@ -231,19 +230,6 @@ def keep_texts(path: Path, texts: Texts, going_on: bool) -> None:
             f"{path}: this run began with other texts ({', '.join(changed) or 'fewer now'}), and text that the model "
             "writes may differ between thread counts and versions; go on as it began, or remove the folder"
         )
-
-
-def _export(plan: RunPlan, model: LoadedModel, masks: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
-    path = plan.folder.path
-    if plan.config["export"]["masks"]:
-        tensors = {
-            f"{block}.{name}": keep for block, layers in masks.items() for name, keep in layers.items()
-        }
-        write_tensors(path / "masks" / "masks.safetensors", tensors)
-    if plan.config["export"]["model"] and not (path / "model").is_dir():
-        partial = path / ".model.part"
-        model.save(partial)
-        partial.rename(path / "model")
 
 
 def _explained(error: Exception, plan: RunPlan) -> RunError:

@@ -17,8 +17,12 @@ def result_of(
     rows: list[dict[str, Any]],
     meter: StageMeter,
     overlap: Mapping[str, float],
+    exports: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What `result.json` holds: identity, measured sparsity, time, memory and every metric; `rows` are the blocks'."""
+    """What `result.json` holds: identity, measured sparsity, time, memory and every metric; `rows` are the blocks'.
+
+    `exports` is what is said of the files written on request; what was said earlier stays.
+    """
     evaluated, failed = metrics_of(plan.folder.path, plan.suite)
     earlier = read_json(plan.folder.path / "result.json") if plan.folder.finished else {}
     result: dict[str, Any] = {
@@ -40,6 +44,8 @@ def result_of(
         result |= {name: earlier[name] for name in ("seconds", "peak_memory_bytes", "experiment")}
         asked = {"evaluation": result["choices"].get("evaluation", "")}
         result["choices"] = {**earlier["choices"], **asked}
+    result |= {name: earlier[name] for name in ("compact",) if name in earlier}
+    result |= exports
     if meter.device_peak_bytes:
         result["peak_device_memory_bytes"] = meter.device_peak_bytes
     if failed:

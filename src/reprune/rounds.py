@@ -93,6 +93,31 @@ def check_units(
         )  # fmt: skip
 
 
+def check_compact(
+    pattern: Pattern,
+    allocation: SizeAllocation | ModelAllocation,
+    targets: Sequence[str],
+    num_blocks: int,
+) -> None:
+    """ConfigError for a smaller model that no config could describe: all its blocks must be of the same sizes."""
+    if not pattern.units:
+        raise ConfigError(
+            "export.compact", "only whole units can be left out of a model, and this pattern removes single weights",
+            value=type(pattern).__name__, accepted="pattern=structured", hint="export.model=true writes the model with its zeros",
+        )  # fmt: skip
+    if not isinstance(allocation, Uniform):
+        raise ConfigError(
+            "export.compact", "the config of a model has one size for all blocks, and this allocation gives each its own",
+            value=type(allocation).__name__, accepted="allocation=uniform",
+        )  # fmt: skip
+    chosen = {int(name.partition(".")[0]) for name in targets}
+    if len(chosen) < num_blocks:
+        raise ConfigError(
+            "export.compact", "the config of a model has one size for all blocks, and some are not pruned",
+            value=f"{len(chosen)} of {num_blocks} blocks", accepted="target_blocks=all",
+        )  # fmt: skip
+
+
 def check_order(
     pattern: Pattern, pruner: Pruner, refinement: Refinement | None, steps: Sequence[float]
 ) -> None:

@@ -15,6 +15,7 @@ class ExportConfig:
 
     model: bool = False
     masks: bool = False
+    compact: bool = False
 
 
 @dataclass

@@ -110,8 +110,12 @@ def sizes_of(
     needs: Needs,
     num_rounds: int,
     exports_model: bool,
+    exports_compact: bool,
 ) -> Sizes:
-    """Weights, activations, statistics, dense copies and training state; block states and export."""
+    """Weights, activations, statistics, dense copies and training state; block states and exports.
+
+    Of a smaller model only the bound is known, the model's own size.
+    """
     width = torch.finfo(device.dtype).bits // 8
     window = technique.window or shapes.num_blocks
     tokens = sum(text.tokens_NT.numel() for text in texts.all)
@@ -136,7 +140,11 @@ def sizes_of(
     # A block in float32 with its gradients, their sums and their squares; files of the latter for all blocks.
     training = max(training, block * 24 if needs.gradients or needs.block_gradients else 0)
     memory = weights + activations + training + dense + _statistics(shapes, technique) + 700 * 2**20
-    disk = shapes.num_block_parameters * width * 17 // 16 + 64 * 2**20 + (weights if exports_model else 0)
+    if exports_compact:
+        # Read back beside the model, with a block in float32.
+        memory = max(memory, 2 * weights + 4 * block + 700 * 2**20)
+    disk = shapes.num_block_parameters * width * 17 // 16 + 64 * 2**20
+    disk += weights * (exports_model + exports_compact)
     disk += 8 * shapes.num_block_parameters if needs.gradients else 0
     return Sizes(memory, disk, activations)
 

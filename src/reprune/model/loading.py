@@ -192,6 +192,11 @@ class LoadedModel:
         with passing_on(self.blocks, states_BTH, self._wraps):
             return self.differentiable_logits(tokens_BT, {}, positions_BT)
 
+    def with_model(self, model: Any) -> LoadedModel:
+        """Another model of the same kind, with blocks of other sizes, in this one's place."""
+        blocks = model.get_submodule(self.blocks_path)
+        return LoadedModel(self.name, model, self.tokenizer, blocks, self.plan, self.identity)
+
     def save(self, folder: Path) -> None:
         """Write model and tokenizer so that plain transformers loads them."""
         self.model.save_pretrained(folder)
@@ -243,15 +248,21 @@ def skeleton(source: ModelSource) -> tuple[Any, nn.ModuleList]:
 
 def load_model(source: ModelSource, tokenizer: Any, plan: DevicePlan) -> LoadedModel:
     """Load the weights into host memory in the plan's dtype, ready for evaluation."""
+    model = read_weights(source.folder(), plan.dtype, source.trust_remote_code)
+    blocks = find_blocks(model, _num_blocks(model.config), source.blocks_path)
+    return LoadedModel(source.name, model, tokenizer, blocks, plan, source.identity())
+
+
+def read_weights(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The transformers model of a folder, in host memory, without gradients. RunError where weights are missing."""
     from transformers import AutoModelForCausalLM
 
-    folder = source.folder()
     model, told = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype=plan.dtype,
+        dtype=dtype,
         local_files_only=True,
         use_safetensors=True,
-        trust_remote_code=source.trust_remote_code,
+        trust_remote_code=trust_remote_code,
         output_loading_info=True,
     )
     # transformers fills what is missing with random numbers.
@@ -264,8 +275,7 @@ def load_model(source: ModelSource, tokenizer: Any, plan: DevicePlan) -> LoadedM
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    blocks = find_blocks(model, _num_blocks(model.config), source.blocks_path)
-    return LoadedModel(source.name, model, tokenizer, blocks, plan, source.identity())
+    return model
 
 
 def _num_blocks(config: Any) -> int | None:
