@@ -61,7 +61,7 @@ def _compact_there(plan: RunPlan) -> bool:
 def _write_compact(
     folder: Path,
     model: LoadedModel,
-    masks: Mapping[int, Mapping[str, Tensor]],
+    masks: Masks,
     tokens_BT: Tensor,
     trusted: bool,
 ) -> dict[str, Any]:

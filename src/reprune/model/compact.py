@@ -125,7 +125,7 @@ def _config_changes(model: LoadedModel, parts: Sequence[_Part]) -> dict[str, int
             else:
                 return changes
     except _REFUSALS as error:
-        problems.append(_first_line(error))
+        problems.append(_reason(error))
     raise NotExpressibleError("; ".join(problems) or "no key of the config is its size")
 
 
@@ -166,7 +166,7 @@ def _made(model: LoadedModel, changes: Mapping[str, int]) -> Any:
         with torch.device("meta"):
             return type(model.model)(config)
     except _REFUSALS as error:
-        raise NotExpressibleError(f"its config refuses {_in_words(changes)}: {_first_line(error)}") from error
+        raise NotExpressibleError(f"its config refuses {_in_words(changes)}: {_reason(error)}") from error
 
 
 def _cuts(model: LoadedModel, parts: Sequence[_Part]) -> _Cuts:
@@ -218,6 +218,6 @@ def _in_words(changes: Mapping[str, int]) -> str:
     return ", ".join(f"{name}={value}" for name, value in changes.items())
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     # A refusal of a config names the check in its first line and the reason in its last.
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:200]
