@@ -216,9 +216,15 @@ def test_sparsity_of_experts_is_weighted() -> None:
 
 
 def test_arms_are_named_apart(sweep: Path) -> None:
-    """Catches two arms under one name, and replicates under two."""
+    """Catches two arms under one name, replicates under two, and an arm without a key that another has under none."""
     frame = reprune.results(sweep)
     assert set(arm_names(frame)) == {"none", "br_gp"}
+    for value in (0.95, "some", True):
+        other = frame.assign(**{"config/allocation.at_most": [value, *[None] * (len(frame) - 1)]})
+        names = arm_names(other)
+        assert names[0].endswith(f" at_most={value}")
+        assert names.notna().all()
+        assert names.nunique() == 3
     frame.loc[0, "config/reconstruction.learning_rate"] = 0.125
     assert arm_names(frame).nunique() == 3
     assert arm_names(frame)[0].endswith(" learning_rate=0.125")

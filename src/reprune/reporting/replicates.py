@@ -169,5 +169,7 @@ def arm_names(frame: pd.DataFrame) -> pd.Series:
                 sum(other.rpartition(".")[2].removeprefix("config/") == last for other in arms_of(runs)) > 1
             )
             key = column.removeprefix("config/") if twice else last
-            names.loc[runs.index] += f" {key}=" + runs[column].astype(str)
+            # What is missing has no text of its own, and would leave the run without a name.
+            values = runs[column].map(str, na_action="ignore").astype(object).fillna("null")
+            names.loc[runs.index] += f" {key}=" + values
     return names
