@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from reprune.errors import require_positive
 from reprune.exit_codes import exit_codes
 from reprune.reporting.comparisons import (
     claims_in,
@@ -20,6 +21,7 @@ from reprune.reporting.comparisons import (
     show_pairs,
     show_verdicts,
 )
+from reprune.reporting.knee import TOLERANCE
 from reprune.reporting.report import write_report
 from reprune.reporting.status import clean, show_status
 from reprune.reporting.tables import arm_table, rich_table
@@ -69,10 +71,15 @@ def _report(arguments: list[str]) -> None:
         "--claims", type=Path, metavar="FILE", help="a YAML list of claims, for the page's verdicts"
     )
     parser.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, metavar="SHARE",
+        help="what an essential sparsity may cost of the dense model's perplexity or acc (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--wandb", choices=MODES, nargs="?", const=MODES[0],
         help="also log tables and figures to a W&B run (default: offline)",
     )  # fmt: skip
     given = parser.parse_args(arguments)
+    require_positive(**{"--tolerance": given.tolerance})
     claims = claims_in(given.claims) if given.claims else []
     frame = frame_of(given.places)
     first = given.places[0]
@@ -83,7 +90,7 @@ def _report(arguments: list[str]) -> None:
 def _show(frame: pd.DataFrame, given: argparse.Namespace, out: Path, claims: Sequence[AnyClaim]) -> None:
     table = arm_table(frame)
     places: list[Path] = given.places
-    report = write_report(frame, table, out, places, claims)
+    report = write_report(frame, table, out, places, claims, given.tolerance)
     if given.wandb:
         log_report(report, frame, out, given.wandb)
     if len(table):
@@ -101,7 +108,7 @@ def _show(frame: pd.DataFrame, given: argparse.Namespace, out: Path, claims: Seq
     places_of = {"run folders": ", ".join(map(str, places)), "page": str(out / "report.html")}
     if len(table):
         places_of |= {
-            "tables": f"{out / 'arms.csv'}, summary.csv|md|tex, gap.csv, fitting.csv, correlations.csv, runs.parquet",
+            "tables": f"{out / 'arms.csv'}, summary.csv|md|tex, gap.csv, fitting.csv, correlations.csv, essential_sparsity.csv, runs.parquet",
             "plots": f"{out}/*.png, *.pdf",
         }
     left_out = [f"{plot.name} ({plot.reason})" for plot in report.plots if plot.figure is None]

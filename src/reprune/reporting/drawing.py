@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from reprune.reporting.frame import block_records, blocks
+from reprune.reporting.knee import TOLERANCE
 from reprune.reporting.replicates import arm_names
 
 INK = "#1a1b1e"
@@ -63,14 +64,18 @@ class NothingToDrawError(Exception):
 
 @dataclass(frozen=True)
 class Runs:
-    """Finished runs: `frame`, a row a run as `reporting.frame.results` gives it; what else plots need is read once."""
+    """Finished runs: `frame`, a row a run as `reporting.frame.results` gives it; what else plots need is read once.
+
+    `tolerance`: see `reporting.knee`.
+    """
 
     frame: pd.DataFrame
+    tolerance: float = TOLERANCE
 
     @staticmethod
-    def of(frame: pd.DataFrame) -> Runs:
+    def of(frame: pd.DataFrame, tolerance: float = TOLERANCE) -> Runs:
         """The finished runs of `results`."""
-        return Runs(frame[frame["state"] == "finished"].reset_index(drop=True))
+        return Runs(frame[frame["state"] == "finished"].reset_index(drop=True), tolerance)
 
     @cached_property
     def records(self) -> dict[str, list[dict[str, Any]]]:

@@ -13,6 +13,7 @@ from reprune.reporting.downstream import correlations
 from reprune.reporting.drawing import Plot, Runs, draw_all, save
 from reprune.reporting.fitting import fitting
 from reprune.reporting.gap import gaps
+from reprune.reporting.knee import TOLERANCE, curves, knees
 from reprune.reporting.page import Section, write_page
 from reprune.reporting.published import beside_published
 from reprune.reporting.replicates import arm_names, arms_of, summarise
@@ -31,12 +32,17 @@ class Report:
 
 
 def write_report(
-    frame: pd.DataFrame, arms: pd.DataFrame, out: Path, places: Sequence[Path], claims: Sequence[AnyClaim]
+    frame: pd.DataFrame,
+    arms: pd.DataFrame,
+    out: Path,
+    places: Sequence[Path],
+    claims: Sequence[AnyClaim],
+    tolerance: float = TOLERANCE,
 ) -> Report:
-    """Write every file of the report on `frame` (`results`) into `out`; `arms` is its `arm_table`.
+    """Write every file of the report on `frame` (`results`) into `out`; `arms` is its `arm_table`, `tolerance` of `knees`.
 
     runs.csv|parquet, and where a run is finished arms.csv, summary.csv|md|tex, blocks.csv, gap.csv, fitting.csv, correlations.csv,
-    verdicts.csv|md|tex (with claims), published.csv|md|tex (where runs name a published table), a PNG and a PDF a plot,
+    essential_sparsity.csv, verdicts.csv|md|tex (with claims), published.csv|md|tex (where runs name a published table), a PNG and a PDF a plot,
     report.html. ConfigError where a run names a published table that is not there.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -48,7 +54,7 @@ def write_report(
         Section("unfinished", "Not finished", "Runs that failed, were killed, or still run.", unfinished)
     ]
     if len(arms):
-        runs = Runs.of(frame)
+        runs = Runs.of(frame, tolerance)
         arms.to_csv(out / "arms.csv", index=False)
         summary = _write_summary(runs.frame, out)
         runs.blocks.to_csv(out / "blocks.csv", index=False)
@@ -56,6 +62,7 @@ def write_report(
             "gap": gaps(runs.frame),
             "fitting": fitting(runs.frame),
             "correlations": correlations(runs.frame),
+            "essential_sparsity": knees(curves(runs.frame), tolerance),
         }
         verdicts = verdict_table(frame, claims)
         published = beside_published(runs.frame)
@@ -70,6 +77,7 @@ def write_report(
             Section("arms", "Runs", "A row a finished run. Errors are the last block's, per element and relative per token; then what the whole model can do.", arms),
             Section("summary", "Arms", "Means over calibration sets; std: standard deviation over sets (n − 1), missing for a single set.", _short(summary)),
             Section("published", "Published numbers beside ours", "Ours: mean over calibration sets; difference: ours − published.", published),
+            Section("knees", "Essential sparsity", f"Where pruning first costs more than {100 * tolerance:.3g} % of the dense model's perplexity or accuracy: between the sparsities below and above, measured shares of the pruned layers' weights; means over calibration sets. returns: a higher sparsity costs no more than that again.", found["essential_sparsity"]),
             Section("correlations", "Error and what the model can do", "Spearman's ρ of the last block's error and a metric; low and high hold 95 % of it over draws of calibration sets.", found["correlations"]),
             Section("gap", "Gap", "[held-out ÷ held-out of none] ÷ [calibration ÷ calibration of none], errors of the last block.", found["gap"]),
             Section("fitting", "What fits the calibration text", "Changes of the last block's error against another technique on the same mask data, as shares, over calibration sets; flagged where the whole 95 % interval falls on the calibration text and rises on held-out text.", found["fitting"]),

@@ -27,7 +27,7 @@ def arm_table(frame: pd.DataFrame) -> pd.DataFrame:
         row: dict[str, object] = {"arm": run["label"]}
         for family, measure in (("reconstruction", "error"), ("reconstruction_relative", "relative")):
             for role in ("calibration", HELD_OUT, "validation"):
-                for column in _texts(finished.columns, f"{family}/{role}/", "/last"):
+                for column in names_between(finished.columns, f"{family}/{role}/", "/last"):
                     value = run[f"{family}/{role}/{column}/last"]
                     if pd.notna(value):
                         row[f"{measure}|{column}"] = value
@@ -52,7 +52,8 @@ def _kind(column: str) -> str:
     return column.split("|")[0] if "|" in column else column
 
 
-def _texts(columns: Iterable[str], prefix: str, suffix: str) -> list[str]:
+def names_between(columns: Iterable[str], prefix: str, suffix: str) -> list[str]:
+    """What stands between prefix and suffix in the columns that have both."""
     return [
         column[len(prefix) : len(column) - len(suffix)]
         for column in columns
@@ -66,7 +67,7 @@ def _evaluated(columns: Iterable[str], which: str, value: Callable[[str], object
     return {
         f"{kind}|{name}": value(f"eval/{which}/{begin}{name}{end}")
         for kind, begin, end in EVALUATED
-        for name in _texts(columns, f"eval/{which}/{begin}", end)
+        for name in names_between(columns, f"eval/{which}/{begin}", end)
     }
 
 
