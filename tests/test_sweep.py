@@ -253,6 +253,40 @@ def test_time_by_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert 1e6 < arithmetic._rate(torch.device("cpu"), torch.float32, 1) < 1e15
 
 
+def test_time_of_gradients_by_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches gradients that cost nothing, a whole model's that are counted in every round or on text they are not taken on."""
+    float32 = 4.0
+    monkeypatch.setattr(
+        arithmetic, "_rate", lambda _, dtype, threads: float32 if dtype == torch.float32 else 1.0
+    )
+
+    def seconds(*more: str) -> float:
+        given = ("reconstruction=none", "dtype=bfloat16", *more)
+        return guessed_seconds(plan_of(tmp_path, *given)) * arithmetic.SHARE
+
+    rounds = ("schedule=iterative", "schedule.rounds=3")
+    whole, block = (getattr(plan_of(tmp_path).shapes, f"num_{it}parameters") for it in ("", "block_"))
+    assert whole > block
+    tokens = 3 * 16
+    once, thrice = seconds("pruner=wanda"), seconds("pruner=wanda", *rounds)
+    model = 2 * block * tokens + 6 * whole * tokens / float32
+    for pruner in ("fisher", "gblm", "d_pruner"):
+        assert seconds(f"pruner={pruner}") == pytest.approx(once + model)
+        assert seconds(f"pruner={pruner}", *rounds) == pytest.approx(thrice + model)
+    own = 6 * block * tokens / float32
+    assert seconds("pruner=wanda_plus_plus") == pytest.approx(once + own)
+    assert seconds("pruner=wanda_plus_plus", *rounds) == pytest.approx(thrice + 3 * own)
+    parts = ["calibration=mixture", "calibration.num_sequences=null", "calibration.length=null"]
+    parts += ["calibration.parts.web=null", "calibration.parts.generated=null"]
+    for name, count in (("general", 5), ("law", 2)):
+        place = f"calibration.parts.{name}"
+        parts += [f"+calibration@{place}=vocabulary", f"{place}.num_sequences={count}", f"{place}.length=16"]
+    mixed = seconds("pruner=wanda", *parts)
+    asked = seconds("pruner=d_pruner", "pruner.domain=law", *parts)
+    assert asked == pytest.approx(mixed + model * 2 / 3)
+    assert seconds("pruner=d_pruner", *parts) == pytest.approx(mixed + model * 7 / 3)
+
+
 def test_above_a_cap(
     tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str], begun: list[str]
 ) -> None:

@@ -24,10 +24,11 @@ REPEATS = 3
 
 
 def guessed_seconds(plan: RunPlan) -> float:
-    """Seconds on this machine's device: forward passes, training steps, perplexities; no tasks, no pruner's own work.
+    """Seconds on this machine's device: forward passes, training steps, gradients that a method reads, perplexities; no
+    tasks, no pruner's own work.
 
-    A forward pass takes 2 operations a parameter and token, a training step 6. The device's rate is measured once, by a
-    matrix product of the run's dtype and one of float32, which training is in.
+    A forward pass takes 2 operations a parameter and token, a training step or gradient 6. The device's rate is measured once, by a
+    matrix product of the run's dtype and one of float32, which training and gradients are in.
     """
     shapes, technique, device = plan.shapes, plan.technique, plan.device
     read, written = 0, 0
@@ -46,9 +47,28 @@ def guessed_seconds(plan: RunPlan) -> float:
         steps = sum(map(_tokens, own)) * technique.epochs * rounds
         window = technique.window or shapes.num_blocks
         training = 6 * shapes.num_block_parameters * steps * window // (technique.stride or window)
+    own_forward, gradients = _gradients(plan)
+    forward, training = forward + own_forward, training + gradients
     rate = _rate(device.device, device.dtype, device.num_threads)
     float32 = _rate(device.device, torch.float32, device.num_threads)
     return (forward / rate + training / float32) / SHARE
+
+
+def _gradients(plan: RunPlan) -> tuple[int, int]:
+    """Operations of the forward passes that only gradients take, and of the gradients.
+
+    Of the whole model's loss once a run: to the end of the blocks, and each block once more on the way back. Of a
+    block's output in every round.
+    """
+    shapes, needs, forward, gradients = plan.shapes, plan.needs, 0, 0
+    mask = [request for request in plan.requests if request.use == "mask"]
+    if needs.gradients:
+        read = sum(_tokens(request) for request in mask if needs.gradient_text in (None, request.name))
+        forward += 2 * shapes.num_block_parameters * read
+        gradients += 6 * shapes.num_parameters * read
+    if needs.block_gradients:
+        gradients += 6 * shapes.num_block_parameters * sum(map(_tokens, mask)) * len(plan.steps)
+    return forward, gradients
 
 
 def _tokens(request: Request) -> int:
