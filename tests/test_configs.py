@@ -40,6 +40,7 @@ VALUES = {
     ("model", "local", "path"): "a_folder",
     ("calibration", "tokens", "path"): "tokens.safetensors",
     ("pruner", "mask", "path"): "masks.safetensors",
+    ("transform", "block_drop", "count"): "1",
     ("evaluation", "summarisation", "summaries.path"): "articles.jsonl",
 }
 """What options with keys that have to be set are given here."""

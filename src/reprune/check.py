@@ -37,6 +37,7 @@ from reprune.rounds import (
     allocated,
     check_compact,
     check_gradient_text,
+    check_masks_fit,
     check_nothing_else_decides,
     check_order,
     check_refinement,
@@ -48,6 +49,7 @@ from reprune.sparsity.allocation import ModelAllocation, SizeAllocation
 from reprune.sparsity.patterns import Pattern, Unstructured
 from reprune.sparsity.schedule import Schedule
 from reprune.tracking.contract import Tracking
+from reprune.transform.contract import Transform, Untransformed
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class RunPlan:
     tokenizer: Any
     device: DevicePlan
     shapes: Shapes
+    transform: Transform
     pruner: Pruner
     pattern: Pattern
     sparsity: float
@@ -134,6 +137,9 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
     pruner: Pruner = build(config["pruner"], "pruner", where)
     refine = None if config["refine"] is None else build(config["refine"], "refine", where)
     refinement: Refinement | None = None if isinstance(refine, Unrefined) else refine
+    transform: Transform = (
+        Untransformed() if config["transform"] is None else build(config["transform"], "transform", where)
+    )
     allocation: SizeAllocation | ModelAllocation = build(config["allocation"], "allocation", where)
     schedule = build(config["schedule"], "schedule", where)
     tracking: Tracking = build(config["tracking"], "tracking", where)
@@ -162,7 +168,7 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
     _check_writable(Path(config["output_dir"]))
     device = plan_device(config["device"], config["dtype"], dtype_of(source), config["threads"], here=here)
     tokenizer = load_tokenizer(source)
-    shapes = shapes_of(source, config["targets"], config["target_blocks"])
+    shapes = shapes_of(source, config["targets"], config["target_blocks"], transform)
     windows_over(shapes.num_blocks, technique.window, technique.stride)
     check_experts(technique, shapes, len(schedule.steps(sparsity)))
     check_new_biases(technique, shapes, source, export=config["export"]["model"])
@@ -174,6 +180,7 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
     brought = pruner.brings(shapes.target_layers, pattern, known=shapes.layers)
     if brought is not None:
         check_nothing_else_decides(config["sparsity"], allocation, schedule)
+        check_masks_fit(transform)
         sparsity = _total(brought, shapes.num_weights)
         steps, rounds = [sparsity], [dict(brought)]
     else:
@@ -218,6 +225,7 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
             schedule, sparsity, technique.trains or technique.layerwise is not None
         ),
         "technique": technique_identity(technique, needs, len(steps)),
+        **({} if isinstance(transform, Untransformed) else {"transform": canonical(transform)}),
         **({} if refinement is None else {"refinement": canonical(refinement)}),
         "targets": shapes.targets if len(shapes.targets) < len(shapes.layers) else "all",
         "sparsity": sparsity,
@@ -237,7 +245,7 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
     exports = config["export"]["model"], config["export"]["compact"]
     sizes = sizes_of(texts, waiting, shapes, technique, device, needs, len(steps), *exports)
     plan = RunPlan(
-        composed, source, tokenizer, device, shapes, pruner, pattern, sparsity, steps, rounds, allocation, refinement,
+        composed, source, tokenizer, device, shapes, transform, pruner, pattern, sparsity, steps, rounds, allocation, refinement,
         schedule, technique, requests,
         suite, tracking, folder, identity, seed_data, seed_training, sizes,
     )  # fmt: skip

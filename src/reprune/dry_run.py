@@ -8,8 +8,10 @@ from collections import Counter
 from rich.table import Table
 
 from reprune.check import RunPlan
+from reprune.identity import canonical
 from reprune.reconstruction.technique import Technique
 from reprune.tracking.progress import CONSOLE
+from reprune.transform.contract import Untransformed
 
 
 def show(plan: RunPlan) -> None:
@@ -18,6 +20,13 @@ def show(plan: RunPlan) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("model", f"{plan.source.name}, {shapes.num_parameters / 1e6:,.1f} M parameters")
     prunable = sum(shapes.num_weights.values())
+    if not isinstance(plan.transform, Untransformed):
+        facts = ", ".join(
+            f"{key}={value}" for key, value in canonical(plan.transform).items() if key != "class"
+        )
+        table.add_row(
+            "transformed", f"{type(plan.transform).__name__} ({facts}); what follows is of what is left"
+        )
     table.add_row("blocks", f"{shapes.num_blocks}, hidden {shapes.hidden_size}")
     # A number within a block's names is an expert's, or another place in a list.
     kinds = Counter(

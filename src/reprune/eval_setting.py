@@ -193,6 +193,7 @@ class EvaluatedRun:
                 trust_remote_code=plan.source.trust_remote_code,
             )
             model = load_model(source, plan.tokenizer, plan.device)
+            model = plan.transform.reopened(model, folder.path)
             for entry in plan.suite:
                 if not finished(folder.path, entry):
                     evaluate_pruned(model, entry, folder.path, dense[entry.name], view.evaluation)

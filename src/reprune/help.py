@@ -16,6 +16,7 @@ from reprune.tracking.progress import CONSOLE
 GROUPS = {
     "model": "the language model",
     "calibration": "text for the masks; also calibration@reconstruction_data=, calibration@probes.NAME=",
+    "transform": "what is made of the model before it is pruned",
     "pruner": "which weights go",
     "refine": "swaps that better any pruner's mask",
     "pattern": "in what grid they go",
@@ -30,7 +31,7 @@ GROUPS = {
     "sweeps": "grids",
     "launcher": "where the runs of a sweep are done",
 }
-METHODS = ("pruner", "refine", "pattern", "allocation", "schedule", "reconstruction")
+METHODS = ("transform", "pruner", "refine", "pattern", "allocation", "schedule", "reconstruction")
 """The groups whose options are methods: each has a line and a cost."""
 COST = "cost:"
 TOP_LEVEL = {

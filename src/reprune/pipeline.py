@@ -34,6 +34,7 @@ from reprune.run_folder import RunFolder, environment_of
 from reprune.tensor_files import write_tensors
 from reprune.tracking.contract import RunInfo, Tracker
 from reprune.tracking.progress import ProgressView
+from reprune.transform.contract import Surroundings, Untransformed
 
 LOG = logging.getLogger("reprune")
 OnCommit = Callable[[int], None]
@@ -109,7 +110,8 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
         tracker = stack.enter_context(plan.tracking.start(_info(plan)))
         with meter.stage("loading"):
             model = load_model(plan.source, plan.tokenizer, plan.device)
-            check_units(plan, model)
+            if not plan.transform.renumbers:
+                check_units(plan, model)
         with meter.stage("text"):
             texts = plan.texts(model)
             overlap = plan.check_texts(texts)
@@ -124,23 +126,31 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
                 entry.name: dense_result(model, entry, dense_scratch(folder.path, entry), view.evaluation)
                 for entry in plan.suite
             }
+        stores = Stores(
+            plan.device.dtype,
+            plan.shapes.hidden_size,
+            folder.path / "activations",
+            plan.sizes.activations_on_disk,
+        )
+        model = _transformed(plan, model, texts, stores, meter)
         if not folder.finished:
             windows = RunState(folder.state).windows_done()
             folder.mark(
                 "running", block=len(folder.blocks()), windows_done=windows, blocks_begun_s=time.time()
             )
-        loop = _block_loop(plan, model, texts, meter, view, tracker, after_commit)
+        loop = _block_loop(plan, model, texts, stores, meter, view, tracker, after_commit)
         rows, masks = loop.run()
         if loop.pruning.gradients is not None:
             loop.pruning.gradients.forget()
         folder.write_blocks(rows)
         view.clear()
+        model = plan.transform.made_for("evaluation", model, folder.path)
         with meter.stage("evaluation"):
             for entry in plan.suite:
                 if not finished(folder.path, entry):
                     evaluate_pruned(model, entry, folder.path, dense[entry.name], view.evaluation)
         with meter.stage("export"):
-            exports = export(plan, model, texts, masks)
+            exports = export(plan, plan.transform.made_for("export", model, folder.path), texts, masks)
         result = result_of(plan, rows, meter, overlap, exports)
         tracker.finish(summary_of(result), [{"block": row["block"], **block_metrics(row)} for row in rows])
         if not folder.finished:
@@ -150,10 +160,26 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
     return result
 
 
+def _transformed(
+    plan: RunPlan, model: LoadedModel, texts: Texts, stores: Stores, meter: StageMeter
+) -> LoadedModel:
+    """What is dense from here on; the one that is given is used up."""
+    if isinstance(plan.transform, Untransformed):
+        return model
+    evaluated = [text for entry in plan.suite for text in entry.texts.values()]
+    with meter.stage("transform"):
+        around = Surroundings(plan.source, texts, evaluated, stores, plan.folder.path)
+        model = plan.transform.apply(model, around)
+    if plan.transform.renumbers:
+        check_units(plan, model)
+    return model
+
+
 def _block_loop(
     plan: RunPlan,
     model: LoadedModel,
     texts: Texts,
+    stores: Stores,
     meter: StageMeter,
     view: ProgressView,
     tracker: Tracker,
@@ -171,8 +197,6 @@ def _block_loop(
             tracker.log(block_metrics(row), step={"block/index": row["block"]})
         after_commit(windows)
 
-    hidden, in_files = plan.shapes.hidden_size, plan.sizes.activations_on_disk
-    stores = Stores(plan.device.dtype, hidden, folder.path / "activations", in_files)
     return BlockLoop(
         model=model,
         texts=texts,

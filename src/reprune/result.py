@@ -10,6 +10,7 @@ from reprune.evaluation.suite import metrics_of
 from reprune.files import read_json
 from reprune.records import measured_sparsity, reconstruction_metrics
 from reprune.resources import StageMeter
+from reprune.transform.contract import RECORD, Untransformed
 
 
 def result_of(
@@ -46,6 +47,9 @@ def result_of(
         result["choices"] = {**earlier["choices"], **asked}
     result |= {name: earlier[name] for name in ("compact",) if name in earlier}
     result |= exports
+    if not isinstance(plan.transform, Untransformed):
+        kind = {"class": type(plan.transform).__name__}
+        result["transform"] = {**kind, **read_json(plan.folder.path / RECORD)}
     if meter.device_peak_bytes:
         result["peak_device_memory_bytes"] = meter.device_peak_bytes
     if failed:

@@ -16,6 +16,7 @@ from reprune.sparsity.allocation import Layers, ModelAllocation, SizeAllocation,
 from reprune.sparsity.patterns import Pattern
 from reprune.sparsity.schedule import Schedule
 from reprune.sparsity.uniform import Uniform
+from reprune.transform.contract import Transform
 
 
 def allocated(
@@ -140,6 +141,16 @@ def check_refinement(refinement: Refinement | None, pruner: Pruner) -> None:
             value=type(refinement).__name__,
             accepted="null",
         )
+
+
+def check_masks_fit(transform: Transform) -> None:
+    """ConfigError for masks that are there already beside a transform after which blocks have other numbers."""
+    if transform.renumbers:
+        raise ConfigError(
+            "pruner", "its masks are of numbered blocks, and the transform numbers them anew",
+            value="masks that are there already", accepted="a pruner that makes its own masks, with this transform",
+            hint="prune and export the model (export.model=true), and give that to the other run as model=local",
+        )  # fmt: skip
 
 
 def check_gradient_text(needs: Needs, requests: Sequence[Request]) -> None:

@@ -36,6 +36,7 @@ class RunConfig:
     """One run. The nodes typed Any are options of the groups in conf/, each with a `_target_`."""
 
     model: Any = MISSING
+    transform: Any = None
     calibration: Any = MISSING
     reconstruction_data: Any = MISSING
     probes: dict[str, Any] = field(default_factory=dict)

@@ -21,16 +21,21 @@ from reprune.model.targets import targeted
 from reprune.pruning.contract import LayerShape, Needs
 from reprune.reconstruction.technique import LANGUAGE, Technique
 from reprune.sparsity.allocation import Layers
+from reprune.transform.contract import Transform
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """A model's sizes and prunable layers ('block.name'); `targets` are those that the run prunes."""
+    """A model's sizes and prunable layers ('block.name'); `targets` are those that the run prunes.
+
+    They are those of the transformed model where there is a transform; `num_loaded` counts the parameters before it.
+    """
 
     num_blocks: int
     hidden_size: int
     vocabulary_size: int
     num_parameters: int
+    num_loaded: int
     num_block_parameters: int
     layers: dict[str, LayerShape]
     targets: list[str]
@@ -62,9 +67,17 @@ class Shapes:
         return {name: layer.shape[0] * layer.shape[1] for name, layer in self.target_layers.items()}
 
 
-def shapes_of(source: ModelSource, targets: str, target_blocks: str) -> Shapes:
-    """The shapes of a model. ConfigError for one without prunable layers, and for targets that hit none."""
+def shapes_of(source: ModelSource, targets: str, target_blocks: str, transform: Transform) -> Shapes:
+    """The shapes of a model, transformed if it will be.
+
+    ConfigError for one without prunable layers, for targets that hit none, and for a transform that cannot be.
+    """
     model, blocks = skeleton(source)
+    num_loaded = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        transform.outline(source, model, blocks)
+    except ConfigError as error:
+        raise error.under("transform") from None
     [root] = [path for path, module in model.named_modules() if module is blocks]
     views = [linears_of(block) for block in blocks]
     layers = {}
@@ -80,6 +93,7 @@ def shapes_of(source: ModelSource, targets: str, target_blocks: str) -> Shapes:
         hidden_size=hidden_size_of(model),
         vocabulary_size=int(model.config.get_text_config().vocab_size),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_loaded=num_loaded,
         num_block_parameters=sum(parameter.numel() for parameter in blocks.parameters()),
         layers=layers,
         targets=targeted(list(blocks), views, targets, target_blocks),
@@ -125,7 +139,7 @@ def sizes_of(
     if needs.gradients:
         # Every boundary of the dense chain, and two of gradients in float32.
         activations = max(activations, tokens * shapes.hidden_size * ((shapes.num_blocks + 2) * width + 8))
-    weights = shapes.num_parameters * width
+    weights = shapes.num_loaded * width
     block = shapes.num_block_parameters // shapes.num_blocks
     # Float32 weights, gradient and two moments; the best weights so far; the anchor.
     each = 16 + 4 * (technique.stop_on is not None) + 4 * (technique.anchor > 0)

@@ -40,7 +40,9 @@ class Fidelity(OnTexts):
       pruned model's is not, and the other way round;
     - `fidelity/TEXT/hidden_error/DEPTH`, `/hidden_relative/DEPTH`: errᵢ of arXiv 2406.15524, §3, and its relative twin
       (see engine.activations.compare) behind block DEPTH (from 0), and at `final`, behind the final norm; over the first
-      `depth_windows` windows (0: none), filled-up tokens left out;
+      `depth_windows` windows (0: none), filled-up tokens left out. Of a run that dropped blocks each one that stayed is
+      held against itself in the dense model, under its number there; a model from elsewhere with fewer blocks has `final`
+      alone, which a note says;
     - `fidelity_evaluation_noise/TEXT/NAME`: standard errors of the first four, of a bootstrap over windows (by document:
       over documents).
 
@@ -94,7 +96,7 @@ class Fidelity(OnTexts):
                 with safe_open(task.dense / file, framework="pt") as dense:
                     _check_head(dense.metadata()["head"], head, task.model)
                     windows = _compared(task, name, text, dense, outcome.notes, counted)
-                    depths = _depth_errors(task.model, text, dense, self.depth_windows)
+                    depths = _depth_errors(task.model, text, dense, self.depth_windows, outcome.notes)
                 self._add(outcome, task.folder, name, text, windows, depths)
         if outcome.failed and not outcome.metrics and task.dense is not None:
             raise RunError("; ".join(outcome.failed.values()))
@@ -185,8 +187,9 @@ def _by_depth(model: LoadedModel, row: Tensor, name: str) -> list[Tensor]:
 
 
 def _depths(model: LoadedModel) -> list[str]:
-    """Names of the states that `states_by_depth` gives."""
-    return [*(f"depth.{index}" for index in range(len(model.blocks))), f"depth.{FINAL}"]
+    """Names of the states that `states_by_depth` gives: by the blocks' numbers in the dense model."""
+    numbers = range(len(model.blocks)) if model.dense_numbers is None else model.dense_numbers
+    return [*(f"depth.{number}" for number in numbers), f"depth.{FINAL}"]
 
 
 @torch.no_grad()
@@ -235,7 +238,7 @@ def _measures(model: LoadedModel, dense: Tensor, pruned: Tensor, targets: Tensor
 
 @torch.no_grad()
 def _depth_errors(
-    model: LoadedModel, text: TextSet, dense: Any, num_deep: int
+    model: LoadedModel, text: TextSet, dense: Any, num_deep: int, notes: list[str]
 ) -> dict[str, dict[str, float]]:
     """Errors behind every block and the final norm, over the first windows: by depth."""
     rows = text.tokens_NT[:num_deep]
@@ -248,6 +251,13 @@ def _depth_errors(
     for row, kept in zip(rows, there, strict=True):
         for name, state in zip(found, _by_depth(model, row, text.name), strict=True):
             found[name].append(state[0][kept])
+    num_dense = sum(name.startswith("depth.") for name in dense.keys()) - 1  # noqa: SIM118 (no dict)
+    if model.dense_numbers is None and num_dense != len(model.blocks):
+        notes.append(
+            f"fidelity on '{text.name}': {len(model.blocks)} blocks beside {num_dense} of the dense model, so that no "
+            "error is by block"
+        )
+        found = {name: states for name, states in found.items() if name == f"depth.{FINAL}"}
     return {
         name.removeprefix("depth."): compare(
             _stored(dense.get_tensor(name)[there]), _stored(torch.cat(states))

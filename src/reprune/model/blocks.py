@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
@@ -178,6 +178,29 @@ def passing_on(blocks: nn.ModuleList, states_BTH: Tensor, wraps: Wraps) -> Itera
             return states_BTH if tail is None else (states_BTH, *tail)
 
         return put_out
+
+    try:
+        for block in blocks:
+            block.forward = stand_in(block)
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@contextmanager
+def passing_through(blocks: Sequence[nn.Module], wraps: Wraps) -> Iterator[None]:
+    """In the context each of `blocks` puts out the hidden states that enter it."""
+
+    def stand_in(block: nn.Module) -> Any:
+        tail, first = wraps[type(block)], next(iter(signature(block.forward).parameters))
+
+        def hand_on(*positional: Any, **keywords: Any) -> Any:
+            by_name = keywords.get("hidden_states", keywords.get(first))
+            hidden = positional[0] if positional else by_name
+            return hidden if tail is None else (hidden, *tail)
+
+        return hand_on
 
     try:
         for block in blocks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,10 @@ _NOT_APART = (
 
 @dataclass
 class LoadedModel:
-    """A causal language model in host memory, its blocks, its tokenizer and where it computes."""
+    """A causal language model in host memory, its blocks, its tokenizer and where it computes.
+
+    `dense_numbers` are those that its blocks have in the dense model, where blocks were dropped.
+    """
 
     name: str
     model: Any
@@ -46,10 +49,16 @@ class LoadedModel:
     blocks: nn.ModuleList
     plan: DevicePlan
     identity: dict[str, Any]
+    dense_numbers: Sequence[int] | None = field(default=None, kw_only=True)
     _calls: dict[tuple[int, int], list[BlockCall]] = field(default_factory=dict)
     _placed: tuple[Tensor, list[BlockCall]] | None = None
     _wraps: Wraps = field(default_factory=dict)
     _submodules: dict[int, list[Submodule]] = field(default_factory=dict)
+
+    @property
+    def wraps(self) -> Wraps:
+        """What its blocks return behind the hidden states; known once `embed` was called."""
+        return self._wraps
 
     @property
     def base(self) -> nn.Module:
@@ -231,9 +240,13 @@ def _described(source: ModelSource, loader: Any, what: str) -> Any:
 
 def skeleton(source: ModelSource) -> tuple[Any, nn.ModuleList]:
     """The model and its blocks on the meta device: every shape, no weights, no memory."""
+    return outline(load_config(source), source)
+
+
+def outline(config: Any, source: ModelSource) -> tuple[Any, nn.ModuleList]:
+    """The model that a transformers config makes, and its blocks, on the meta device. ConfigError where it makes none."""
     from transformers import AutoModelForCausalLM
 
-    config = load_config(source)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)

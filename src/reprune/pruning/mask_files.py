@@ -16,6 +16,7 @@ from torch import Tensor
 
 from reprune.engine.state import OPEN, RunState, unpack
 from reprune.errors import ConfigError
+from reprune.files import read_json
 from reprune.model.checkpoint import WeightFiles, content_identity, weight_files
 from reprune.pruning.contract import LayerShape
 from reprune.run_folder import RunFolder
@@ -217,6 +218,11 @@ def open_source(path: Path) -> MaskSource:
             accepted=ACCEPTED,
             hint="give the command that began it again: it goes on where it stopped",
         )
+    if is_run and (path / "transform.json").is_file() and "dropped" in read_json(path / "transform.json"):
+        raise ConfigError(
+            KEY, "blocks were dropped in this run, and its masks are by the numbers of those that stayed", value=path,
+            accepted=ACCEPTED, hint="evaluate or prune its exported model",
+        )  # fmt: skip
     for file in (path / "masks" / "masks.safetensors", path / "masks.safetensors"):
         if file.is_file():
             return MaskFile(path, _table([file], path))

@@ -97,6 +97,7 @@ def _row(folder: RunFolder) -> dict[str, Any]:
     if sizes and None not in sizes:
         row["reconstruction_sequences"] = sum(sizes)
     row["sparsity"] = result["sparsity"]["total"]
+    row |= {f"transform/{key}": value for key, value in _leaves(result.get("transform", {}))}
     row["seconds"] = sum(result["seconds"].values())
     row |= {f"seconds/{stage}": value for stage, value in result["seconds"].items()}
     row["peak_memory_bytes"] = max(result["peak_memory_bytes"].values())
