@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from reprune.errors import ConfigError, require_nonnegative
 from reprune.evaluation.suite import SuiteEntry, check_suite, described_tokenizer
 from reprune.files import sha256_of_json
 from reprune.fit_checks import check_experts, check_new_biases, check_stop_on
-from reprune.identity import canonical, schedule_identity, technique_identity
+from reprune.identity import canonical, schedule_identity, technique_identity, transform_identity
 from reprune.model.checkpoint import ModelSource
 from reprune.model.device import DevicePlan, plan_device
 from reprune.model.loading import load_config, load_tokenizer
@@ -225,7 +225,11 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
             schedule, sparsity, technique.trains or technique.layerwise is not None
         ),
         "technique": technique_identity(technique, needs, len(steps)),
-        **({} if isinstance(transform, Untransformed) else {"transform": canonical(transform)}),
+        **(
+            {}
+            if isinstance(transform, Untransformed)
+            else {"transform": transform_identity(transform, suite)}
+        ),
         **({} if refinement is None else {"refinement": canonical(refinement)}),
         "targets": shapes.targets if len(shapes.targets) < len(shapes.layers) else "all",
         "sparsity": sparsity,
@@ -244,6 +248,9 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
     texts, waiting = cut_all(requests, tokenizer, None, seed_data)
     exports = config["export"]["model"], config["export"]["compact"]
     sizes = sizes_of(texts, waiting, shapes, technique, device, needs, len(steps), *exports)
+    if transform.keeps_rows:
+        outside = shapes.num_parameters - shapes.num_block_parameters
+        sizes = replace(sizes, disk=sizes.disk + outside * torch.finfo(device.dtype).bits // 8)
     plan = RunPlan(
         composed, source, tokenizer, device, shapes, transform, pruner, pattern, sparsity, steps, rounds, allocation, refinement,
         schedule, technique, requests,

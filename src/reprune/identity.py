@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
+from reprune.errors import ConfigError
+from reprune.evaluation.suite import SuiteEntry
 from reprune.pruning.contract import Needs
 from reprune.reconstruction.technique import Technique
 from reprune.sparsity.schedule import Schedule
+from reprune.transform.contract import Transform
 
 
 def canonical(built: object) -> dict[str, Any]:
@@ -33,6 +37,14 @@ def technique_identity(technique: Technique, needs: Needs, num_rounds: int) -> d
         read |= {"input_chain", "target_chain"} if technique.layerwise is not None else set()
         unread |= set(fields) - read
     return {name: value for name, value in fields.items() if name not in unread}
+
+
+def transform_identity(transform: Transform, suite: Sequence[SuiteEntry]) -> dict[str, Any]:
+    """The choice, and what of the evaluators it reads. ConfigError for an evaluator that it bars."""
+    try:
+        return {**canonical(transform), **transform.identity_beside(suite)}
+    except ConfigError as error:
+        raise error if error.key.startswith("transform") else error.under("transform") from None
 
 
 def schedule_identity(schedule: Schedule, sparsity: float, reconstructs: bool) -> dict[str, Any]:

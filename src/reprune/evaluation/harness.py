@@ -23,6 +23,7 @@ from lm_eval.models.huggingface import HFLM
 
 from reprune.evaluation.harness_catalogue import FILE_FORMATS, Catalogue
 from reprune.model.loading import LoadedModel
+from reprune.model.trimming import require_kept
 
 SEEDS = {
     "random_seed": 0,
@@ -90,12 +91,18 @@ class _Counting(HFLM):  # type: ignore[misc]
         super().__init__(
             pretrained=model.model, tokenizer=copy.deepcopy(model.tokenizer), batch_size=batch_size
         )
-        self._on_share = on_share
+        self._loaded, self._on_share = model, on_share
         self._seen, self._expected = 0, 1
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
         self._seen, self._expected = 0, len(requests)
         return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: Any, *args: Any, **keywords: Any) -> Any:
+        # The last token of a continuation is scored and never read: no forward pass would miss it.
+        for _, context, continuation in requests:
+            require_kept(self._loaded, torch.tensor([*context, *continuation]))
+        return super()._loglikelihood_tokens(requests, *args, **keywords)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         self._seen, self._expected = 0, len(requests)

@@ -95,6 +95,8 @@ def in_chunks(model: LoadedModel, num_positions: int, copies: int = 1) -> Iterat
 
 def vocabulary_size(model: LoadedModel) -> int:
     """How many logits a position has."""
+    if model.trimmed is not None:
+        return model.trimmed.num_ids
     return int(model.model.get_output_embeddings().weight.shape[0])
 
 

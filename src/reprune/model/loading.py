@@ -27,6 +27,7 @@ from reprune.model.device import DevicePlan
 from reprune.model.documents import documents_apart
 from reprune.model.linears import LinearView, linears_of
 from reprune.model.submodules import Submodule, find_submodules
+from reprune.model.trimming import Trimmed
 
 _TRACED_TOKENS = 4
 _ROUNDING = 64
@@ -40,7 +41,8 @@ _NOT_APART = (
 class LoadedModel:
     """A causal language model in host memory, its blocks, its tokenizer and where it computes.
 
-    `dense_numbers` are those that its blocks have in the dense model, where blocks were dropped.
+    `dense_numbers` are those that its blocks have in the dense model, where blocks were dropped; `trimmed` says which
+    rows of its vocabulary are there, where some were taken out.
     """
 
     name: str
@@ -50,6 +52,7 @@ class LoadedModel:
     plan: DevicePlan
     identity: dict[str, Any]
     dense_numbers: Sequence[int] | None = field(default=None, kw_only=True)
+    trimmed: Trimmed | None = field(default=None, kw_only=True)
     _calls: dict[tuple[int, int], list[BlockCall]] = field(default_factory=dict)
     _placed: tuple[Tensor, list[BlockCall]] | None = None
     _wraps: Wraps = field(default_factory=dict)

@@ -13,6 +13,7 @@ from torch import nn
 from reprune.calibration.roles import Texts
 from reprune.engine.dense_pass import DensePass
 from reprune.errors import ConfigError, require_positive
+from reprune.evaluation.suite import SuiteEntry
 from reprune.files import read_json, write_json
 from reprune.model.checkpoint import ModelSource
 from reprune.model.linears import linears_of
@@ -46,6 +47,7 @@ class BlockDrop:
     blocks: list[int] | None = None
 
     renumbers: ClassVar[bool] = True
+    keeps_rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if (self.count is None) == (self.blocks is None):
@@ -63,6 +65,10 @@ class BlockDrop:
     def identity(self) -> dict[str, Any]:
         """What makes it this choice: named blocks in any order are the same."""
         return {"count": self.count} if self.blocks is None else {"blocks": sorted(self.blocks)}
+
+    def identity_beside(self, suite: Sequence[SuiteEntry]) -> dict[str, Any]:
+        """See Transform: nothing."""
+        return {}
 
     def outline(self, source: ModelSource, model: Any, blocks: nn.ModuleList) -> None:
         """See Transform. With `count`, which blocks go is not known yet, and the last ones stand for them."""

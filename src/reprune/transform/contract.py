@@ -12,6 +12,7 @@ from torch import nn
 from reprune.calibration.roles import Texts
 from reprune.calibration.source import TextSet
 from reprune.engine.activations import Stores
+from reprune.evaluation.suite import SuiteEntry
 from reprune.model.checkpoint import ModelSource
 from reprune.model.loading import LoadedModel
 
@@ -45,6 +46,13 @@ class Transform(Protocol):
     renumbers: ClassVar[bool]
     """Whether blocks get other numbers, so that masks of the dense model do not fit."""
 
+    keeps_rows: ClassVar[bool]
+    """Whether tensors from outside the blocks are written to the run folder."""
+
+    def identity_beside(self, suite: Sequence[SuiteEntry]) -> dict[str, Any]:
+        """What of the evaluators changes a number of the run, beside its own choices; ConfigError for one it bars."""
+        ...
+
     def outline(self, source: ModelSource, model: Any, blocks: nn.ModuleList) -> None:
         """Make the dense model's skeleton (meta device) that of the transformed one, in place.
 
@@ -76,6 +84,11 @@ class Untransformed:
     """The model as it is: `transform=none`, for grids; the same run as one without `transform`."""
 
     renumbers: ClassVar[bool] = False
+    keeps_rows: ClassVar[bool] = False
+
+    def identity_beside(self, suite: Sequence[SuiteEntry]) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
     def outline(self, source: ModelSource, model: Any, blocks: nn.ModuleList) -> None:
         """Nothing changes."""
