@@ -1,6 +1,6 @@
 # make run    install, run the quickstart, report       make test   install, run the test suite offline
 # make check  format, lint, types                       make install  the environment and the assets alone
-# make evidence  the evidence's verdicts and figure from experiments/results, and the README's table
+# make evidence  verdicts and a figure from experiments/results, and the README's table
 # make options   the README's table of methods from the files in conf/
 # make soak   kill sweeps at random moments, for many minutes
 PYTHON ?= python3
@@ -32,7 +32,7 @@ soak: install
 	HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 $(BIN)/python -m pytest -m soak -s
 
 evidence: install
-	$(BIN)/python experiments/evidence/make.py
+	$(BIN)/python experiments/make.py
 
 options: install
 	$(BIN)/python -m reprune.help README.md

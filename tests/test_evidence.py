@@ -25,7 +25,7 @@ FILES = sorted(
 @pytest.fixture(scope="module")
 def evidence() -> ModuleType:
     """The script behind `make evidence`."""
-    specification = importlib.util.spec_from_file_location("evidence", ROOT / "experiments/evidence/make.py")
+    specification = importlib.util.spec_from_file_location("evidence", ROOT / "experiments/make.py")
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
@@ -33,15 +33,17 @@ def evidence() -> ModuleType:
     return module
 
 
-def test_readme_and_file_of_verdicts_are_what_the_runs_say(evidence: ModuleType) -> None:
+@pytest.mark.parametrize("group", ["evidence", "methods"])
+def test_readme_and_file_of_verdicts_are_what_the_runs_say(evidence: ModuleType, group: str) -> None:
     """Catches a table that was edited by hand, or left behind by new runs or claims."""
-    table = evidence.verdicts().astype({"low": float, "high": float})
-    kept = pd.read_csv(evidence.VERDICTS, keep_default_na=False, na_values=[""])
+    table = evidence.verdicts(group).astype({"low": float, "high": float})
+    kept = pd.read_csv(evidence.verdicts_file(group), keep_default_na=False, na_values=[""])
     pd.testing.assert_frame_equal(
         kept, table, check_dtype=False, check_index_type=False, check_column_type=False, rtol=1e-6
     )
-    readme = evidence.README.read_text(encoding="utf-8")
-    assert f"begin -->\n{evidence.as_markdown(table)}<!-- {evidence.PLACE}: end" in readme
+    if group == "evidence":
+        readme = evidence.README.read_text(encoding="utf-8")
+        assert f"begin -->\n{evidence.as_markdown(table)}<!-- {evidence.PLACE}: end" in readme
     # A shown row has runs, and its last column names files that are there.
     shown = table[table["sets"] > 0]
     for names in shown["experiments"]:

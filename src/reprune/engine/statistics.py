@@ -127,13 +127,6 @@ class InputStatistics:
         return self._spectra[damp]
 
     def _spectrum(self, damp: float, place: str) -> Spectrum:
-        def if_definite(damped: Tensor) -> Tensor | None:
-            lower, failed = torch.linalg.cholesky_ex(_unit(damped))
-            definite = not failed and bool(
-                lower.diagonal().square().min() > 10 * torch.finfo(lower.dtype).eps
-            )
-            return damped if definite else None
-
         hessian, _, notes = self.dampened(damp, if_definite, "the Gram matrix is singular", place)
         unit = _unit(hessian)
         # Apple's GPUs have no eigendecomposition.
@@ -170,6 +163,13 @@ class InputStatistics:
                 )
             tried = min(MAX_DAMP, max(tried, 1e-3) * 10)
             notes.append(f"{failure}, tried again with dampening {tried:g}")
+
+
+def if_definite(hessian: Tensor) -> Tensor | None:
+    """H where every pivot of its Cholesky factorisation, at unit diagonal, is larger than rounding makes it."""
+    lower, failed = torch.linalg.cholesky_ex(_unit(hessian))
+    definite = not failed and bool(lower.diagonal().square().min() > 10 * torch.finfo(hessian.dtype).eps)
+    return hessian if definite else None
 
 
 def _unit(hessian: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from reprune.engine.statistics import InputStatistics
+from reprune.engine.statistics import InputStatistics, if_definite
 from reprune.errors import ConfigError, RunError, require_nonnegative, require_positive
 from reprune.reconstruction.layerwise import Layerwise, Solved
 from reprune.reconstruction.pairs import PairStatistics
@@ -64,7 +64,7 @@ class LeastSquares(Layerwise):
     ) -> Solved:
         """See Layerwise: the optimal weights, from the pruner's. RunError when H is not positive definite or not finite."""
         hessian, damping, notes = statistics.dampened(
-            self.damp, _if_definite, "least squares are singular", place
+            self.damp, if_definite, "least squares are singular", place
         )
         weight = dense.float()
         rhs = weight @ hessian
@@ -86,11 +86,3 @@ class LeastSquares(Layerwise):
         if not bool(torch.isfinite(solved).all()):
             raise RunError(f"{place}: its least squares have no finite solution; raise layerwise.damp (now {self.damp:g})")  # fmt: skip
         return Solved(torch.where(keep, solved, 0), told=told)
-
-
-def _if_definite(hessian: Tensor) -> Tensor | None:
-    """H where every pivot of its Cholesky factorisation, at unit diagonal, is larger than rounding makes it."""
-    scale = hessian.diagonal().rsqrt()
-    lower, failed = torch.linalg.cholesky_ex(hessian * scale * scale[:, None])
-    definite = not failed and bool(lower.diagonal().square().min() > 10 * torch.finfo(hessian.dtype).eps)
-    return hessian if definite else None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from reprune.sparsity.patterns import Group, Unstructured, count_removed, keep_highest
+from reprune.sparsity.patterns import AnyCount, Group, count_removed, keep_highest
 
 
 @dataclass(kw_only=True)
-class CoupledUnits:
+class CoupledUnits(AnyCount):
     """Units of attention and MLP (`model.coupling`): rows of the producing layers, columns of the consuming one.
 
     A unit's score is the sum of the scores of its weights: of `all` of them (LLM-Pruner's sum over a coupled group,
@@ -29,30 +29,6 @@ class CoupledUnits:
     def units(self) -> bool:
         """True: that is what it is."""
         return True
-
-    @property
-    def columns(self) -> int | None:
-        """None: no grid."""
-        return None
-
-    @property
-    def varies(self) -> bool:
-        """Every submodule may have its own."""
-        return True
-
-    def resolve(self, sparsity: float | None) -> float:
-        """0.5 where none is given; must lie in [0, 1)."""
-        return Unstructured().resolve(sparsity)
-
-    def settle(self, shares: Mapping[str, float], num_weights: Mapping[str, int]) -> dict[str, float]:
-        """The shares as they are."""
-        return dict(shares)
-
-    def check_shape(self, layer: str, shape: tuple[int, int]) -> None:
-        """Every shape will do."""
-
-    def check_steps(self, steps: Sequence[float]) -> None:
-        """Every number of rounds will do."""
 
     def keep(self, scores: Tensor, sparsity: float, within: Group) -> Tensor:
         """Of a layer by itself: whole columns, those with the lowest sums, whatever they are compared within."""

@@ -85,9 +85,8 @@ def keep_highest(scores: Tensor, removed: int) -> Tensor:
     return ~drop
 
 
-@dataclass(kw_only=True)
-class Unstructured:
-    """Any weight may go; round-half-up(n · sparsity) of each comparison group of n do."""
+class AnyCount:
+    """What patterns have in common that can hold every sparsity in every layer, in any number of rounds."""
 
     @property
     def columns(self) -> int | None:
@@ -98,11 +97,6 @@ class Unstructured:
     def varies(self) -> bool:
         """Every layer may have its own."""
         return True
-
-    @property
-    def units(self) -> bool:
-        """Each layer by itself."""
-        return False
 
     def settle(self, shares: Mapping[str, float], num_weights: Mapping[str, int]) -> dict[str, float]:
         """The shares as they are."""
@@ -121,6 +115,16 @@ class Unstructured:
 
     def check_steps(self, steps: Sequence[float]) -> None:
         """Every number of rounds will do."""
+
+
+@dataclass(kw_only=True)
+class Unstructured(AnyCount):
+    """Any weight may go; round-half-up(n · sparsity) of each comparison group of n do."""
+
+    @property
+    def units(self) -> bool:
+        """Each layer by itself."""
+        return False
 
     def keep(self, scores: Tensor, sparsity: float, within: Group) -> Tensor:
         """See Pattern."""

@@ -1,6 +1,6 @@
-"""`make evidence`: from experiments/results/evidence_*.csv the verdicts, the README's table of them, and its figure.
+"""`make evidence`: from experiments/results/*.csv the verdicts on claims, the README's table of the evidence, and its figure.
 
-The runs themselves take hours: `reprune experiments=evidence/NAME` for each NAME of the table's last column.
+The runs themselves take hours: `reprune experiments=NAME` for each NAME of a table's last column.
 """
 
 from __future__ import annotations
@@ -17,28 +17,40 @@ from reprune.reporting.drawing import STYLE, Runs
 from reprune.reporting.plots import change_against_none
 from reprune.reporting.verdicts import verdict_table
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS, CLAIMS = ROOT / "experiments/results", ROOT / "experiments/evidence"
-README, FIGURE, VERDICTS = ROOT / "README.md", ROOT / "docs/evidence.png", RESULTS / "evidence_verdicts.csv"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, README, FIGURE = ROOT / "experiments/results", ROOT / "README.md", ROOT / "docs/evidence.png"
 PLACE = "make evidence"
-READ = {"main": ("main",), "longer": ("main", "longer"), "around": ("main", "around"), "gemma": ("gemma",)}
-"""Which files of runs the claims of a file are about."""
+READ: dict[str, dict[str, tuple[str, ...]]] = {
+    "evidence": {
+        "main": ("main",),
+        "longer": ("main", "longer"),
+        "around": ("main", "around"),
+        "gemma": ("gemma",),
+    },
+    "methods": {name: (name,) for name in ("pruners", "allocations", "refinements", "structured")},
+}
+"""By folder of experiments, which files of runs the claims of a file are about."""
 
 
-def verdicts() -> pd.DataFrame:
-    """A row a claim, of every claims file."""
+def verdicts(group: str) -> pd.DataFrame:
+    """A row a claim, of every claims file of a folder of experiments."""
     tables = []
-    for claims, names in READ.items():
-        files = [RESULTS / f"evidence_{name}.csv" for name in names]
+    for claims, names in READ[group].items():
+        files = [RESULTS / f"{group}_{name}.csv" for name in names]
         there = [file for file in files if file.is_file()]
         if there != files:
             print(
-                f"claims_{claims}.yaml: no runs yet, {', '.join(file.name for file in files if file not in there)}"
+                f"{group}/claims_{claims}.yaml: no runs yet, {', '.join(file.name for file in files if file not in there)}"
             )
         else:
             frame = reprune.results(*files)
-            tables.append(verdict_table(frame, claims_in(CLAIMS / f"claims_{claims}.yaml")))
+            tables.append(verdict_table(frame, claims_in(ROOT / f"experiments/{group}/claims_{claims}.yaml")))
     return pd.concat(tables, ignore_index=True)
+
+
+def verdicts_file(group: str) -> Path:
+    """Where the verdicts of a folder of experiments are kept."""
+    return RESULTS / f"{group}_verdicts.csv"
 
 
 def as_markdown(table: pd.DataFrame) -> str:
@@ -81,12 +93,13 @@ def _needed(row: dict[str, object]) -> str:
 
 def main() -> None:
     """Write the verdicts, the figure, and the table between the README's marks."""
-    table = verdicts()
-    table.to_csv(VERDICTS, index=False)
+    tables = {group: verdicts(group) for group in READ}
+    for group, table in tables.items():
+        table.to_csv(verdicts_file(group), index=False)
     with mpl.rc_context(dict(STYLE)):
         figure = change_against_none.draw(Runs.of(reprune.results(RESULTS / "evidence_main.csv")))
         figure.savefig(FIGURE, dpi=110)
-    fill(README, PLACE, as_markdown(table))
+    fill(README, PLACE, as_markdown(tables["evidence"]))
 
 
 if __name__ == "__main__":
