@@ -25,9 +25,10 @@ from transformers.utils import logging as transformers_logging
 from reprune.build import build
 from reprune.compose import compose_run
 from reprune.model import head
+from reprune.model.description import load_tokenizer
 from reprune.model.device import plan_device
 from reprune.model.likelihood import token_losses
-from reprune.model.loading import LoadedModel, load_model, load_tokenizer
+from reprune.model.loading import LoadedModel, load_model
 from reprune.resources import StageMeter
 from reprune.seeding import generator
 

@@ -26,8 +26,9 @@ from reprune.calibration.generated import Generated
 from reprune.calibration.generation import draw, sample
 from reprune.calibration.source import TextContext
 from reprune.compose import compose_run
+from reprune.model.description import load_tokenizer
 from reprune.model.device import plan_device
-from reprune.model.loading import LoadedModel, load_model, load_tokenizer
+from reprune.model.loading import LoadedModel, load_model
 from reprune.seeding import generator
 
 

@@ -30,8 +30,9 @@ from reprune.calibration.source import TextSet
 from reprune.compose import compose_run
 from reprune.engine.activations import Stores
 from reprune.engine.gradients import ModelGradients
+from reprune.model.description import hidden_size_of, load_tokenizer
 from reprune.model.device import plan_device, release_memory
-from reprune.model.loading import LoadedModel, hidden_size_of, load_model, load_tokenizer
+from reprune.model.loading import LoadedModel, load_model
 from reprune.reconstruction.objective import next_token_loss
 from reprune.resources import StageMeter
 from reprune.seeding import generator

@@ -20,8 +20,9 @@ from reprune.engine.pruning_plan import PruningPlan
 from reprune.engine.state import RunState
 from reprune.engine.statistics import InputStatistics
 from reprune.engine.windows import BlockWindow
+from reprune.model.description import load_tokenizer
 from reprune.model.device import DTYPES, DevicePlan
-from reprune.model.loading import LoadedModel, load_model, load_tokenizer
+from reprune.model.loading import LoadedModel, load_model
 from reprune.model.tiny import TinyModel
 from reprune.pruning.contract import GradientStatistics, LayerContext, Pruner
 from reprune.pruning.magnitude import Magnitude

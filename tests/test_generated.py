@@ -29,7 +29,8 @@ from reprune.calibration.windows import cut_windows
 from reprune.check import plan_device
 from reprune.compose import compose_run
 from reprune.errors import ConfigError, RunError
-from reprune.model.loading import LoadedModel, load_model, load_tokenizer
+from reprune.model.description import load_tokenizer
+from reprune.model.loading import LoadedModel, load_model
 from reprune.model.tiny import TinyModel
 from reprune.seeding import generator
 

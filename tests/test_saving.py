@@ -20,9 +20,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from conftest import MakeModel
 from helpers import plan_of
 from reprune.errors import ConfigError
+from reprune.model.description import load_tokenizer
 from reprune.model.device import DevicePlan
 from reprune.model.linears import linears_of
-from reprune.model.loading import LoadedModel, load_model, load_tokenizer
+from reprune.model.loading import LoadedModel, load_model
 from reprune.model.sources import LocalModel
 from reprune.model.tiny import byte_tokenizer
 from reprune.pipeline import run

@@ -25,7 +25,8 @@ from reprune.calibration.windows import cut_windows
 from reprune.compose import compose_run
 from reprune.errors import ConfigError
 from reprune.model.assets import TEXTS
-from reprune.model.loading import LoadedModel, load_tokenizer
+from reprune.model.description import load_tokenizer
+from reprune.model.loading import LoadedModel
 from reprune.model.tiny import byte_tokenizer
 from support import load_tiny
 

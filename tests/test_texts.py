@@ -33,7 +33,8 @@ from reprune.check import plan_device
 from reprune.compose import compose_run
 from reprune.errors import ConfigError
 from reprune.model.assets import TEXTS
-from reprune.model.loading import LoadedModel, load_model, load_tokenizer
+from reprune.model.description import load_tokenizer
+from reprune.model.loading import LoadedModel, load_model
 from reprune.model.tiny import TinyModel, byte_tokenizer
 
 LENGTH = 24

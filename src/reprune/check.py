@@ -27,8 +27,8 @@ from reprune.files import sha256_of_json
 from reprune.fit_checks import check_experts, check_new_biases, check_stop_on
 from reprune.identity import canonical, schedule_identity, technique_identity, transform_identity
 from reprune.model.checkpoint import ModelSource
+from reprune.model.description import load_config, load_tokenizer
 from reprune.model.device import DevicePlan, plan_device
-from reprune.model.loading import load_config, load_tokenizer
 from reprune.pruning.contract import Needs, Pruner
 from reprune.pruning.refinement import Refinement, Unrefined, needs_of
 from reprune.reconstruction.objective import check_lengths

@@ -20,8 +20,9 @@ from reprune.compose import Composed, compose_run
 from reprune.errors import ConfigError
 from reprune.files import sha256_of_json
 from reprune.model.checkpoint import ModelSource
+from reprune.model.description import load_config, load_tokenizer
 from reprune.model.device import plan_device
-from reprune.model.loading import LoadedModel, load_config, load_model, load_tokenizer
+from reprune.model.loading import LoadedModel, load_model
 from reprune.tracking.progress import LOG, ProgressView
 
 Models = dict[str, LoadedModel]

@@ -19,8 +19,8 @@ from reprune.eval_setting import Found, check_chosen, check_overrides, found_in
 from reprune.evaluation.suite import check_suite, described_tokenizer, evaluation_file, finished
 from reprune.files import sha256_of_json
 from reprune.model.checkpoint import ModelSource
+from reprune.model.description import load_config, load_tokenizer, skeleton
 from reprune.model.device import DevicePlan, plan_device
-from reprune.model.loading import load_config, load_tokenizer, skeleton
 from reprune.run_folder import HASH_LENGTH, RunFolder
 from reprune.tracking.progress import ProgressView
 

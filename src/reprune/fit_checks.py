@@ -8,7 +8,7 @@ from reprune.calibration.gather import Request
 from reprune.errors import ConfigError
 from reprune.model.biases import told_of
 from reprune.model.checkpoint import ModelSource
-from reprune.model.loading import skeleton
+from reprune.model.description import skeleton
 from reprune.reconstruction.technique import Technique
 from reprune.shapes import Shapes
 

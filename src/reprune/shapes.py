@@ -14,9 +14,9 @@ from reprune.calibration.gather import Request
 from reprune.calibration.roles import Texts
 from reprune.errors import ConfigError
 from reprune.model.checkpoint import ModelSource
+from reprune.model.description import hidden_size_of, skeleton
 from reprune.model.device import DevicePlan
 from reprune.model.linears import linears_of
-from reprune.model.loading import hidden_size_of, skeleton
 from reprune.model.targets import targeted
 from reprune.pruning.contract import LayerShape, Needs
 from reprune.reconstruction.technique import LANGUAGE, Technique

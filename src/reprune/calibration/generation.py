@@ -18,7 +18,8 @@ from reprune.cache import cached_folder
 from reprune.calibration.source import Cut, Document, TextContext, TextSource
 from reprune.calibration.tokenised import tokenizer_identity
 from reprune.errors import ConfigError, RunError, require_positive
-from reprune.model.loading import LoadedModel, adds_bos
+from reprune.model.description import adds_bos
+from reprune.model.loading import LoadedModel
 from reprune.seeding import generator
 from reprune.tensor_files import write_tensors
 

@@ -14,8 +14,9 @@ from reprune.calibration.source import Bos, Document, Part, Role, TextContext, T
 from reprune.calibration.tokenised import token_ids
 from reprune.errors import ConfigError
 from reprune.files import sha256_of_json
+from reprune.model.description import adds_bos
 from reprune.model.likelihood import row_losses
-from reprune.model.loading import LoadedModel, adds_bos
+from reprune.model.loading import LoadedModel
 from reprune.seeding import generator
 
 MAX_SKIPPED = 1000

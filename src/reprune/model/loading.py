@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from reprune.errors import ConfigError, RunError
+from reprune.errors import RunError
 from reprune.model.blocks import (
     BlockCall,
     Wraps,
@@ -23,6 +23,7 @@ from reprune.model.blocks import (
     same_calls,
 )
 from reprune.model.checkpoint import ModelSource
+from reprune.model.description import first_line, num_blocks
 from reprune.model.device import DevicePlan
 from reprune.model.documents import documents_apart
 from reprune.model.linears import LinearView, linears_of
@@ -154,7 +155,7 @@ class LoadedModel:
             with documents_apart(self.blocks, places):
                 packed = self.model(input_ids=both, use_cache=False, **told).logits[:, len(first[0]) :]
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-            raise RunError(f"{self.name} {_NOT_APART} ({_first_line(error)})") from error
+            raise RunError(f"{self.name} {_NOT_APART} ({first_line(error)})") from error
         alone = self.model(input_ids=second, use_cache=False).logits
         if float((packed - alone).abs().max()) > _ROUNDING * torch.finfo(alone.dtype).eps * float(
             alone.abs().max()
@@ -215,57 +216,10 @@ class LoadedModel:
         self.tokenizer.save_pretrained(folder)
 
 
-def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer of a model source; no weights are read."""
-    from transformers import AutoTokenizer
-
-    return _described(source, AutoTokenizer, "tokenizer")
-
-
-def load_config(source: ModelSource) -> Any:
-    """The transformers config of a model source; no weights are read."""
-    from transformers import AutoConfig
-
-    return _described(source, AutoConfig, "config")
-
-
-def _described(source: ModelSource, loader: Any, what: str) -> Any:
-    folder = source.description()
-    try:
-        return loader.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=source.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "model", f"its {what} cannot be loaded: {_first_line(error)}", value=folder
-        ) from error
-
-
-def skeleton(source: ModelSource) -> tuple[Any, nn.ModuleList]:
-    """The model and its blocks on the meta device: every shape, no weights, no memory."""
-    return outline(load_config(source), source)
-
-
-def outline(config: Any, source: ModelSource) -> tuple[Any, nn.ModuleList]:
-    """The model that a transformers config makes, and its blocks, on the meta device. ConfigError where it makes none."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
-    except (ValueError, ImportError, RuntimeError, TypeError) as error:
-        raise ConfigError(
-            "model",
-            f"no causal language model can be made of its config: {_first_line(error).split('<class')[0].strip()}",
-            value=f"{source.name} ({config.model_type})",
-        ) from error
-    return model, find_blocks(model, _num_blocks(config), source.blocks_path)
-
-
 def load_model(source: ModelSource, tokenizer: Any, plan: DevicePlan) -> LoadedModel:
     """Load the weights into host memory in the plan's dtype, ready for evaluation."""
     model = read_weights(source.folder(), plan.dtype, source.trust_remote_code)
-    blocks = find_blocks(model, _num_blocks(model.config), source.blocks_path)
+    blocks = find_blocks(model, num_blocks(model.config), source.blocks_path)
     return LoadedModel(source.name, model, tokenizer, blocks, plan, source.identity())
 
 
@@ -292,24 +246,3 @@ def read_weights(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> A
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
-
-
-def _num_blocks(config: Any) -> int | None:
-    number: int | None = getattr(config.get_text_config(), "num_hidden_layers", None)
-    return number
-
-
-def hidden_size_of(model: Any) -> int:
-    """The width of the hidden states: what the config says, else that of the embedding."""
-    said = getattr(model.config.get_text_config(), "hidden_size", None)
-    return int(said or model.get_input_embeddings().weight.shape[1])
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its BOS token at the head of a text."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from reprune.errors import ConfigError, RunError
 from reprune.model.blocks import passing_through
 from reprune.model.checkpoint import ModelSource
-from reprune.model.loading import LoadedModel, outline
+from reprune.model.description import outline
+from reprune.model.loading import LoadedModel
 
 _PLAIN = (bool, int, float, str, type(None))
 _TOKENS = 8
