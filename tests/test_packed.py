@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from conftest import MakeModel
 from helpers import plan_of, run_tiny, write_documents
 from reprune.calibration.corpora import Domain
+from reprune.calibration.cutting import pack_apart
 from reprune.calibration.roles import Texts
 from reprune.calibration.source import TextSet
 from reprune.calibration.tokens import Tokens
-from reprune.calibration.windows import _pack_apart, cut_windows
+from reprune.calibration.windows import cut_windows
 from reprune.engine.activations import Stores
 from reprune.engine.chains import Chains
 from reprune.errors import ConfigError, RunError
@@ -60,7 +61,7 @@ def test_windows_are_the_documents_in_a_row(lengths: list[int], length: int, hea
             segment = [*head, *left][:room]
             left = left[max(0, room - len(head)) :]
             expected += [(token, place) for place, token in enumerate(segment)]
-    windows = list(_pack_apart(documents, length, torch.tensor(head, dtype=torch.long), torch.tensor([end])))
+    windows = list(pack_apart(documents, length, torch.tensor(head, dtype=torch.long), torch.tensor([end])))
     assert len(windows) == len(expected) // length
     found = [
         pair

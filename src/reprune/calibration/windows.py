@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from reprune.calibration.cutting import Window, crop_all, crop_stream, end_of_text, pack, pack_apart, shuffled
 from reprune.calibration.source import Bos, Document, Part, Role, TextContext, TextSet, TextSource
 from reprune.calibration.tokenised import token_ids
 from reprune.errors import ConfigError
@@ -18,22 +18,6 @@ from reprune.model.description import adds_bos
 from reprune.model.likelihood import row_losses
 from reprune.model.loading import LoadedModel
 from reprune.seeding import generator
-
-MAX_SKIPPED = 1000
-
-
-@dataclass(frozen=True)
-class Window:
-    """Token ids [length], the documents they come from, how many tokens these have; positions where there are several."""
-
-    tokens: Tensor
-    document_ids: tuple[str, ...]
-    document_tokens: int
-    positions: Tensor | None = None
-
-    def headed(self, head: Tensor) -> Window:
-        """With token ids in front."""
-        return replace(self, tokens=torch.cat([head, self.tokens]))
 
 
 def resolve_bos(bos: Bos | None, tokenizer: Any, key: str) -> Bos:
@@ -109,19 +93,17 @@ def cut_windows(
     tokenised = ((document.id, _ids(document, tokenizer, bos)) for document in documents)
     head = torch.tensor([tokenizer.bos_token_id] if content < length else [], dtype=torch.long)
     if source.cut == "pack":
-        end = _end_of_text(tokenizer, key)
+        end = end_of_text(tokenizer, key)
         made: Iterator[Window] = (
-            _pack_apart(tokenised, length, head, end)
-            if source.keeps_apart
-            else _pack(tokenised, content, end)
+            pack_apart(tokenised, length, head, end) if source.keeps_apart else pack(tokenised, content, end)
         )
     elif source.endless or source.cut == "first":
-        listed_first = tokenised if source.endless else _shuffled(list(tokenised), chooser)
-        made = _crop_stream(
+        listed_first = tokenised if source.endless else shuffled(list(tokenised), chooser)
+        made = crop_stream(
             listed_first, content, chooser if source.cut == "crop" else None, source.endless, key
         )
     else:
-        made = _crop_all(list(tokenised), content, chooser)
+        made = crop_all(list(tokenised), content, chooser)
     if not source.keeps_apart:
         made = (window.headed(head) for window in made)
     windows, there = select(source, made, model)
@@ -153,97 +135,6 @@ def _ids(document: Document, tokenizer: Any, bos: Bos) -> Tensor:
         return token_ids(document.corpus, tokenizer, bos == "as_tokenised")[document.text]
     encoded = tokenizer(document.text, add_special_tokens=bos == "as_tokenised")["input_ids"]
     return torch.tensor(encoded, dtype=torch.long)
-
-
-def _crop_all(
-    documents: list[tuple[str, Tensor]], content: int, chooser: torch.Generator
-) -> Iterator[Window]:
-    """One window of every document long enough, in random order; then a second of those longer, and so on."""
-    plans = []
-    for place in torch.randperm(len(documents), generator=chooser).tolist():
-        name, ids = documents[place]
-        count = len(ids) // content
-        if count:
-            start = int(torch.randint(len(ids) - count * content + 1, (1,), generator=chooser))
-            order = torch.randperm(count, generator=chooser).tolist()
-            plans.append((name, ids, [start + index * content for index in order]))
-    for turn in range(max((len(starts) for _, _, starts in plans), default=0)):
-        for name, ids, starts in plans:
-            if turn < len(starts):
-                yield Window(ids[starts[turn] : starts[turn] + content], (name,), len(ids))
-
-
-def _crop_stream(
-    documents: Iterable[tuple[str, Tensor]],
-    content: int,
-    chooser: torch.Generator | None,
-    endless: bool,
-    key: str,
-) -> Iterator[Window]:
-    """One window of every document long enough: at a random place, or without a chooser its first tokens."""
-    skipped = 0
-    for name, ids in documents:
-        if len(ids) < content:
-            skipped += 1
-            if endless and skipped > MAX_SKIPPED:
-                raise ConfigError(
-                    f"{key}.length", f"{skipped} documents in a row were shorter than a window", value=content
-                )
-            continue
-        skipped = 0
-        start = 0 if chooser is None else int(torch.randint(len(ids) - content + 1, (1,), generator=chooser))
-        yield Window(ids[start : start + content], (name,), len(ids))
-
-
-def _shuffled(documents: list[tuple[str, Tensor]], chooser: torch.Generator) -> list[tuple[str, Tensor]]:
-    return [documents[place] for place in torch.randperm(len(documents), generator=chooser).tolist()]
-
-
-def _end_of_text(tokenizer: Any, key: str) -> Tensor:
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"{key}.cut", "packing needs an end-of-text token, and the tokenizer has none", value="pack"
-        )
-    return torch.tensor([tokenizer.eos_token_id])
-
-
-def _pack_apart(
-    documents: Iterable[tuple[str, Tensor]], length: int, head: Tensor, end: Tensor
-) -> Iterator[Window]:
-    """Windows filled with documents, or what is left of them, each with `head` in front and positions of its own.
-
-    An end-of-text token is behind each document; what does not fit goes on in the next window.
-    """
-    pieces: list[Tensor] = []
-    names: dict[str, int] = {}
-    room = length
-    for name, ids in documents:
-        left = torch.cat([ids, end])
-        while len(left):
-            piece = torch.cat([head, left])[:room]
-            left = left[max(0, room - len(head)) :]
-            pieces.append(piece)
-            names[name] = len(ids)
-            room -= len(piece)
-            if room == 0:
-                positions = torch.cat([torch.arange(len(piece)) for piece in pieces])
-                yield Window(torch.cat(pieces), tuple(names), sum(names.values()), positions)
-                pieces, names, room = [], {}, length
-
-
-def _pack(documents: Iterable[tuple[str, Tensor]], content: int, end: Tensor) -> Iterator[Window]:
-    """Documents one after the other, an end-of-text token behind each, cut every `content` tokens."""
-    held: list[tuple[str, Tensor]] = []
-    count = 0
-    for name, ids in documents:
-        ids = torch.cat([ids, end])
-        held.append((name, ids))
-        count += len(ids)
-        while count >= content:
-            joined = torch.cat([ids for _, ids in held])
-            yield Window(joined[:content], tuple(name for name, _ in held), len(joined))
-            count -= content
-            held = [(name, joined[content:])] if count else []
 
 
 def select(source: TextSource, made: Iterator[Window], model: LoadedModel | None) -> tuple[list[Window], int]:
