@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from datetime import timedelta
 
 from rich.table import Table
 
+from reprune.arithmetic import guessed_seconds
 from reprune.check import RunPlan
 from reprune.identity import canonical
 from reprune.reconstruction.technique import Technique
@@ -59,6 +61,9 @@ def show(plan: RunPlan) -> None:
             table.add_row("evaluation", f"{entry.name} on {name}: {tuple(text.tokens_NT.shape)} tokens")
     table.add_row("device", f"{plan.device.name}, {str(plan.device.dtype).removeprefix('torch.')}")
     stored = "files" if plan.sizes.activations_on_disk else "memory"
+    table.add_row(
+        "time", f"about {timedelta(seconds=round(guessed_seconds(plan)))} (h:mm:ss), by arithmetic alone"
+    )
     table.add_row("memory", f"about {plan.sizes.memory / 2**30:.2f} GiB, activations in {stored}")
     table.add_row("disk", f"about {plan.sizes.disk / 2**30:.2f} GiB")
     table.add_row("writes", str(plan.folder.path))

@@ -46,6 +46,7 @@ TOP_LEVEL = {
     "max_overlap, allow_overlap": "share of calibration windows that may repeat held-out text (0); true: any",
     "published": "a table of experiments/published, for the report to show beside our numbers",
     "dry_run": "true checks everything and prints the plan",
+    "profile": "true prints where the time went, and writes a trace of one window (trace.json)",
     "sweep.confirm, sweep.max_runs, sweep.max_hours": "a sweep of more than that many runs (200) or hours needs sweep.confirm=true",
     "sweep.skip": "points of a grid that make no sense: a list of mappings of choices and keys to values",
     "sweep.own_process": "false does the runs of a sweep in the launcher's process (true: each in its own, tried again if killed)",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from reprune.arithmetic import guessed_seconds
 from reprune.calibration.describe import describe_run
 from reprune.calibration.roles import Texts
 from reprune.calibration.tokens import POSITIONS
@@ -27,6 +29,7 @@ from reprune.export import export, exported
 from reprune.files import read_json, write_json
 from reprune.measured_plan import check_units, pruning_plan
 from reprune.model.loading import LoadedModel, load_model
+from reprune.profile import TRACE, show, traced
 from reprune.records import block_metrics
 from reprune.resources import StageMeter
 from reprune.result import result_of, summary_of
@@ -157,6 +160,8 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
             folder.mark("finished")
         # Before a mirror is closed, which may wait for a network.
         write_json(folder.path / "result.json", result)
+    if plan.config["profile"]:
+        show(meter, guessed_seconds(plan), folder.path / TRACE)
     return result
 
 
@@ -208,6 +213,7 @@ def _block_loop(
         listener=view,
         seed_training=plan.seed_training,
         after_commit=committed,
+        tracing=partial(traced, folder.path / TRACE) if plan.config["profile"] else nullcontext,
     )
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from torch.profiler import record_function
 
 from reprune.model.device import DevicePlan
 
@@ -47,7 +48,7 @@ class StageMeter:
         """Charge the context to `name`; stages do not nest."""
         self.plan.reset_peak()
         start = time.perf_counter()
-        with _HighWater() as mark:
+        with _HighWater() as mark, record_function(name):
             try:
                 yield
                 self.plan.synchronise()

@@ -65,6 +65,7 @@ class RunConfig:
     max_overlap: float = 0.0
     allow_overlap: bool = False
     dry_run: bool = False
+    profile: bool = False
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Protocol
@@ -54,6 +55,7 @@ class BlockLoop:
     listener: Listener
     seed_training: int
     after_commit: Callable[[int, list[dict[str, Any]], list[dict[str, Any]]], None]
+    tracing: Callable[[], AbstractContextManager[None]] = nullcontext
     _progress: Progress = field(default_factory=Progress)
     _dense_weights: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
@@ -68,18 +70,26 @@ class BlockLoop:
             self.meter.go_on_from(done.measured)
             return done.rows, done.masks
         chains = self._resume(windows)
-        for window in windows[self._progress.windows :]:
+        to_do = windows[self._progress.windows :]
+        for window in to_do:
             self.listener.window(window, len(self.model.blocks), self._num_steps(window))
-            untrained = chains.pruned
-            for number in self._rounds(window):
-                untrained = self._prune(chains, window, number)
-                if self._trains(window) and (number in (None, self._last_round) or self._trains_each_round):
-                    self._reconstruct(chains, window, number)
-            rows = self._freeze(chains, window, untrained)
-            self._commit(window, rows)
+            # The first window warms caches up.
+            with self.tracing() if window is to_do[:2][-1] else nullcontext():
+                rows = self._do(chains, window)
             for row in rows:
                 self.listener.frozen(row)
         return self._progress.rows, self._progress.masks
+
+    def _do(self, chains: Chains, window: BlockWindow) -> list[dict[str, Any]]:
+        """Prune what enters a window, reconstruct it, freeze what leaves it; the rows of the latter."""
+        untrained = chains.pruned
+        for number in self._rounds(window):
+            untrained = self._prune(chains, window, number)
+            if self._trains(window) and (number in (None, self._last_round) or self._trains_each_round):
+                self._reconstruct(chains, window, number)
+        rows = self._freeze(chains, window, untrained)
+        self._commit(window, rows)
+        return rows
 
     def _resume(self, windows: Sequence[BlockWindow]) -> Chains:
         """The chains at the first window that is not finished, replayed through the finished blocks."""

@@ -27,6 +27,7 @@ IRRELEVANT = (
     "config/published",
     "config/threads",
     "config/dry_run",
+    "config/profile",
     "config/tracking.",
     "config/export.",
     "config/evaluation.",
