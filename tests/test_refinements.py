@@ -16,6 +16,7 @@ from torch import Tensor
 from helpers import plan_of
 from reprune.engine.statistics import InputStatistics
 from reprune.errors import ConfigError, RunError
+from reprune.pruning.bounded_swaps import AnyPair, product_bounds
 from reprune.pruning.contract import LayerContext
 from reprune.pruning.dsnot import DSnoT
 from reprune.pruning.refinement import Refinement, refined
@@ -119,8 +120,11 @@ def test_every_swap_is_the_best_one(
     pattern, _ = PATTERNS[pattern_name]
     expected = _greedy(layer, inputs, keep, pattern.columns, max_swaps)
     assert int((expected & ~keep).sum()) >= min(max_swaps, 3) * 2
-    for candidates, chunk in [(2, 1), (3, 5000), (64, 2**20)]:
-        monkeypatch.setattr("reprune.pruning.sparse_swaps.CANDIDATES", candidates)
+    for together, widths, chunk in [(1, (2, 3), 1), (3, (1, 4), 5000), (64, (64,), 2**22)]:
+        monkeypatch.setattr("reprune.pruning.bounded_swaps.KEPT_TOGETHER", together)
+        monkeypatch.setattr("reprune.pruning.bounded_swaps.WIDTHS", widths)
+        monkeypatch.setattr("reprune.pruning.bounded_swaps.KEPT_MINIMA", together % 2 + 1)
+        monkeypatch.setattr("reprune.pruning.bounded_swaps.PRUNED_MINIMA", together % 2 + 1)
         monkeypatch.setattr("reprune.pruning.sparse_swaps.CHUNK_BYTES", chunk)
         refined = SparseSwaps(max_swaps=max_swaps).refine(layer, keep, pattern)
         assert torch.equal(refined, expected)
@@ -197,16 +201,101 @@ def test_a_singular_gram(tokens: int) -> None:
     assert bool((after <= before).all())
 
 
-def test_the_bound_hides_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a bound that does not know of weights which a swap removed and another one brings back."""
-    layer, _ = _layer(400, 20, seed=9)
+def _correlated(kind: str, tokens: int, columns: int, stream: torch.Generator) -> Tensor:
+    """Inputs that are easy or hard for a bound on products of columns."""
+    inputs = torch.randn(tokens, columns, generator=stream)
+    if kind == "means":
+        inputs += 3 * torch.randn(columns, generator=stream)
+    elif kind == "twins":
+        # Columns in the same and in the opposite direction, one of them dead.
+        inputs[:, 1::4] = inputs[:, ::4]
+        inputs[:, 2::4] = -2 * inputs[:, ::4]
+        inputs[:, 3] = 0
+    elif kind == "one_large_token":
+        inputs[0] *= 30 * torch.rand(columns, generator=stream).square()
+    return inputs
+
+
+def _by_all_pairs(layer: LayerContext, keep: Tensor, swaps: int) -> tuple[Tensor, Tensor]:
+    """The mask of every row after so many best swaps, by the table of all pairs in float64, and its least lead over the next."""
+    gram, keep = layer.inputs.gram, keep.clone()
+    assert gram is not None
+    gram, lead = gram.double(), torch.full((len(keep),), inf, dtype=torch.float64)
+    for row, weight in enumerate(layer.weight.double()):
+        for _ in range(swaps):
+            lost = weight.masked_fill(keep[row], 0)
+            own, pull = weight.square() * gram.diagonal(), 2 * weight * (gram @ lost)
+            change = (own + pull)[:, None] + own - pull - 2 * weight[:, None] * weight * gram
+            change = change.masked_fill(~keep[row][:, None], inf).masked_fill(keep[row], inf)
+            best, second = change.flatten().topk(2, largest=False).values.tolist()
+            if best >= -1e-6 * float(lost @ gram @ lost):
+                break
+            lead[row] = min(float(lead[row]), (second - best) / float(own.max()))
+            p, r = divmod(int(change.argmin()), len(weight))
+            keep[row, p], keep[row, r] = False, True
+    return keep, lead
+
+
+@pytest.mark.parametrize("kind", ["independent", "means", "twins", "one_large_token"])
+@pytest.mark.parametrize("tokens", [12, 400])
+def test_the_bounds_hide_no_pair(kind: str, tokens: int) -> None:
+    """Catches a bound that is not one: of columns alike, of weights that come back, of fewer tokens than columns."""
+    stream = torch.Generator().manual_seed(tokens)
+    layer = layer_context(
+        torch.randn(12, 152, generator=stream), _correlated(kind, tokens, 152, stream) / tokens**0.5
+    )
     keep = _mask(layer, "unstructured")
-    monkeypatch.setattr("reprune.pruning.sparse_swaps.CANDIDATES", 20)
-    every_pair = [SparseSwaps(max_swaps=n).refine(layer, keep, Unstructured()) for n in range(1, 12)]
-    monkeypatch.setattr("reprune.pruning.sparse_swaps.CANDIDATES", 1)
-    assert torch.equal(SparseSwaps(max_swaps=11).refine(layer, keep, Unstructured()), every_pair[-1])
-    back = keep & ~every_pair[4] & every_pair[-1]
-    assert int(back.any(dim=1).sum()) > 10, "no weight goes and comes back"
+    expected, lead = _by_all_pairs(layer, keep, 25)
+    # Where two swaps are worth the same, float32 may take the other one.
+    clear = lead > 3e-6
+    assert int(clear.sum()) >= 4
+    assert int((expected & ~keep).sum()) > 12 * 4
+    refined = SparseSwaps(max_swaps=25).refine(layer, keep, Unstructured())
+    assert torch.equal(refined[clear], expected[clear])
+
+
+@pytest.mark.parametrize("kind", ["independent", "means", "twins", "one_large_token"])
+def test_products_stay_within_their_bounds(kind: str) -> None:
+    """Catches a maximum over the wrong axis, a diagonal that counts, and a dead column that makes NaN."""
+    stream = torch.Generator().manual_seed(0)
+    inputs = _correlated(kind, 50, 1100, stream)
+    inputs[:, 7] = 0
+    gram = inputs.T @ inputs
+    bounds = product_bounds(gram)
+    products = gram.abs().fill_diagonal_(0)
+    assert bool((products <= (bounds[:, None] * bounds).sqrt()).all())
+    assert float(bounds[7]) == 0
+    alone = product_bounds(torch.diag(gram.diagonal()))
+    assert not alone.any()
+    # No larger than the product of the norms: the bound everyone knows.
+    assert bool((bounds <= 1.01 * gram.diagonal()).all())
+
+
+def test_few_pairs_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a search that tries most pairs where tokens are fewer than columns."""
+    stream = torch.Generator().manual_seed(1)
+    layer = layer_context(torch.randn(16, 512, generator=stream), torch.randn(64, 512, generator=stream))
+    keep = _mask(layer, "unstructured")
+    tried, swaps = 0, 0
+    changes = AnyPair._changes
+
+    def counting(search: AnyPair, p: Tensor, r: Tensor, *more: Tensor) -> Tensor:
+        nonlocal tried
+        tried += p.numel() * r.shape[1]
+        return changes(search, p, r, *more)
+
+    best = AnyPair.best
+
+    def searching(search: AnyPair, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        nonlocal swaps
+        swaps += len(limit)
+        return best(search, limit)
+
+    monkeypatch.setattr(AnyPair, "_changes", counting)
+    monkeypatch.setattr(AnyPair, "best", searching)
+    SparseSwaps().refine(layer, keep, Unstructured())
+    assert swaps > 16 * 20
+    assert tried < swaps * 0.4 * 0.6 * 512**2 / 10
 
 
 # --- DSnoT
