@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import MakeModel
+from helpers import run_tiny
 from reprune.pruning.sparsegpt import SparseGPT
 from support import block_loop, trained_preset
 
@@ -51,3 +52,23 @@ def test_bfloat16_trains_on_cuda(make_model: MakeModel, tmp_path: Path) -> None:
     assert all(
         row["training"][-1]["epoch_losses"][-1] < row["training"][-1]["epoch_losses"][0] for row in rows
     )
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ["method=flap", "export.compact=true", "allocation=uniform"],
+        ["method=amp"],
+        ["transform=block_drop", "transform.count=1"],
+        ["transform=vocabulary"],
+    ],
+    ids=lambda choices: choices[0],
+)
+def test_units_and_transforms_on_cuda(tmp_path: Path, choices: list[str]) -> None:
+    """Catches biases, columns of units and rows of the vocabulary that are left on the wrong device."""
+    errors = {}
+    for place in ("cpu", "cuda"):
+        plan, result = run_tiny(tmp_path / place, f"device={place}", *choices)
+        errors[place] = [row["after"]["calibration"]["vocabulary"]["error"] for row in plan.folder.blocks()]
+        assert not result.get("compact", {}).get("remarks")
+    assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.02)

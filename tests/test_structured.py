@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from helpers import plan_of, run_tiny
+from helpers import plan_of, run_tiny, state_bytes
 from reprune.engine.units import prune_units
 from reprune.errors import ConfigError, RunError
 from reprune.model.coupling import Coupling, find_couplings
-from reprune.pruning.contract import LayerContext
+from reprune.pruning.contract import LayerContext, ScorePruner, UnitPruner
 from reprune.pruning.magnitude import Magnitude
 from reprune.pruning.wanda import Wanda
 from reprune.sparsity.coupled_units import CoupledUnits
 from reprune.sparsity.iterative import Iterative
-from support import ARCHITECTURES, block_loop, load_tiny, preset
+from support import ARCHITECTURES, block_loop, load_tiny, option, options, preset
 
 DENSE_MLP = [name for name in ARCHITECTURES if name not in ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")]
 
@@ -54,7 +55,7 @@ def test_whole_units_go_and_only_those(architecture: str, tmp_path: Path) -> Non
             assert not view.weight[~keep[name]].any()
 
 
-def _not_read(coupling: Coupling) -> Tensor:
+def _not_read(couplings: Sequence[Coupling]) -> dict[str, Tensor]:
     raise AssertionError("scores of weights need nothing of what units put out")
 
 
@@ -145,3 +146,21 @@ def test_what_cannot_go_with_units(tmp_path: Path, given: list[str], key: str) -
         plan_of(tmp_path, "pattern=structured", *given)
     assert refused.value.key == key
     assert "units" in refused.value.screen()
+
+
+BY_UNITS = [
+    name
+    for name in options("pruner")
+    if name not in ("mask", "none") and isinstance(option("pruner", name), ScorePruner | UnitPruner)
+]
+
+
+@pytest.mark.parametrize("pruner_name", BY_UNITS)
+def test_every_score_prunes_units(tmp_path: Path, pruner_name: str) -> None:
+    """Catches scores of units that are not finite in half precision, draws that differ, and other counts."""
+    choices = [f"pruner={pruner_name}", "pattern=structured", "reconstruction=none", "dtype=bfloat16"]
+    (one, result), (other, _) = (run_tiny(tmp_path / place, *choices) for place in ("one", "other"))
+    assert state_bytes(one.folder.path) == state_bytes(other.folder.path)
+    assert result["sparsity"]["total"] == pytest.approx(0.5, abs=0.02)
+    facts = [layer["facts"] for row in one.folder.blocks() for layer in row["layers"].values()]
+    assert {fact["removed_units"] / fact["units"] for fact in facts} == {0.5}

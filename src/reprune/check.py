@@ -171,7 +171,7 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
     shapes = shapes_of(source, config["targets"], config["target_blocks"], transform)
     windows_over(shapes.num_blocks, technique.window, technique.stride)
     check_experts(technique, shapes, len(schedule.steps(sparsity)))
-    check_new_biases(technique, shapes, source, export=config["export"]["model"])
+    check_new_biases(technique, shapes, source, pattern, len(schedule.steps(sparsity)), config["export"])
     if pruner.needs.prunes:
         pruner.check(pattern)
         for name, layer in shapes.target_layers.items():
@@ -191,9 +191,9 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
         rounds = allocated(allocation, shapes.to_allocate, pruner, pattern, steps, list(validation))
     check_refinement(refinement, pruner)
     check_order(pattern, pruner, refinement, steps)
-    check_units(pattern, pruner, refinement, technique, list(shapes.target_layers.values()))
+    check_units(pattern, pruner, refinement, technique, schedule, list(shapes.target_layers.values()))
     if config["export"]["compact"]:
-        check_compact(pattern, allocation, shapes.targets, shapes.num_blocks)
+        check_compact(pattern, allocation, shapes.targets, shapes.num_blocks, brought=brought is not None)
     needs = needs_of(pruner, refinement)
     requests = requests_of(mask_data, reconstruction_data, validation, probes)
     check_gradient_text(needs, requests)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from reprune.calibration.roles import Texts
 from reprune.check import RunPlan
-from reprune.errors import RunError
 from reprune.files import read_json
 from reprune.model.agreement import disagreement
 from reprune.model.compact import Masks, NotExpressibleError, compact
@@ -85,9 +84,10 @@ def _write_compact(
             raise NotExpressibleError(
                 f"{', '.join(smaller)} made smaller, the model does not put out the same: {differs}"
             )
-    except (NotExpressibleError, RunError) as error:
+    except (NotExpressibleError, RuntimeError, ValueError, KeyError) as error:
+        # After hours of pruning, what libraries make of a smaller model must not end the run. A full disk does.
         shutil.rmtree(partial, ignore_errors=True)
-        return {"smaller": [], "remarks": [str(error)]}
+        return {"smaller": [], "remarks": [str(error) or type(error).__name__]}
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     num_parameters = sum(parameter.numel() for parameter in written.model.parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from reprune.calibration.gather import Request
 from reprune.errors import ConfigError
@@ -11,6 +11,7 @@ from reprune.model.checkpoint import ModelSource
 from reprune.model.description import skeleton
 from reprune.reconstruction.technique import Technique
 from reprune.shapes import Shapes
+from reprune.sparsity.patterns import Pattern
 
 
 def check_experts(technique: Technique, shapes: Shapes, num_rounds: int) -> None:
@@ -57,8 +58,15 @@ def check_stop_on(technique: Technique, requests: Sequence[Request]) -> None:
     )
 
 
-def check_new_biases(technique: Technique, shapes: Shapes, source: ModelSource, *, export: bool) -> None:
-    """ConfigError for biases that experts cannot have, and for a model that is to be exported with ones it cannot tell of."""
+def check_new_biases(
+    technique: Technique,
+    shapes: Shapes,
+    source: ModelSource,
+    pattern: Pattern,
+    num_rounds: int,
+    exports: Mapping[str, bool],
+) -> None:
+    """ConfigError for biases that experts cannot have, for several rounds of units, and for exports that cannot tell of them."""
     if not technique.writes_biases:
         return
     experts = [name for name, layer in shapes.target_layers.items() if layer.expert]
@@ -67,12 +75,18 @@ def check_new_biases(technique: Technique, shapes: Shapes, source: ModelSource, 
             "reconstruction", f"{experts[0]} is an expert, which gets no bias of its own",
             value=technique.layerwise.__class__.__name__, accepted="targets without experts", hint="targets=attention",
         )  # fmt: skip
+    if pattern.units and num_rounds > 1:
+        raise ConfigError(
+            "schedule", "what units gave in the mean is known in the round in which they go, and a later round would "
+            "forget it", value=f"{num_rounds} rounds", accepted="one_shot with units and this reconstruction",
+        )  # fmt: skip
     keys = [layer.key for layer in shapes.target_layers.values()]
     assert all(key is not None for key in keys)
     paths = {f"{key.removesuffix('.weight')}.bias" for key in keys if key is not None}
-    if export and not told_of(skeleton(source)[0], paths):
+    asked = next((name for name in ("model", "compact") if exports[name]), None)
+    if asked is not None and not told_of(skeleton(source)[0], paths):
         raise ConfigError(
-            "export.model",
+            f"export.{asked}",
             "its layers get biases that they had not, of which its config cannot tell plain transformers",
             value=True,
             accepted=f"false for {source.name} with this reconstruction",

@@ -31,7 +31,7 @@ GROUPS = {
     "sweeps": "grids",
     "launcher": "where the runs of a sweep are done",
 }
-METHODS = ("transform", "pruner", "refine", "pattern", "allocation", "schedule", "reconstruction")
+METHODS = ("method", "transform", "pruner", "refine", "pattern", "allocation", "schedule", "reconstruction")
 """The groups whose options are methods: each has a line and a cost."""
 COST = "cost:"
 TOP_LEVEL = {

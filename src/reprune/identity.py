@@ -9,6 +9,7 @@ from typing import Any
 from reprune.errors import ConfigError
 from reprune.evaluation.suite import SuiteEntry
 from reprune.pruning.contract import Needs
+from reprune.reconstruction.least_squares import LeastSquares
 from reprune.reconstruction.technique import Technique
 from reprune.sparsity.schedule import Schedule
 from reprune.transform.contract import Transform
@@ -25,10 +26,12 @@ def canonical(built: object) -> dict[str, Any]:
 def technique_identity(technique: Technique, needs: Needs, num_rounds: int) -> dict[str, Any]:
     """What of a technique changes a number: fields that nothing reads are left out, so that equal runs are one run."""
     fields = canonical(technique)
+    if technique.layerwise is not None and not isinstance(technique.layerwise, LeastSquares):
+        fields["layerwise"] = canonical(technique.layerwise)
     unread = {
         *(["rank", "lora_scale"] if technique.trainable != "masked_lora" else []),
         *(["patience"] if technique.stop_on is None else []),
-        *(["statistics_chain"] if not (needs.any or needs.block_gradients) else []),
+        *(["statistics_chain"] if not (needs.any or needs.block_gradients or needs.projected) else []),
     }
     if not technique.trains:
         read = {"statistics_chain", "within_block", "layerwise"}

@@ -17,7 +17,7 @@ from reprune.resources import StageMeter
 from reprune.rounds import measured_rounds
 
 
-def check_units(plan: RunPlan, model: LoadedModel) -> None:
+def check_coupled(plan: RunPlan, model: LoadedModel) -> None:
     """RunError for layers that belong to no unit which can go as a whole, where the pattern wants such."""
     if not plan.pattern.units or not plan.pruner.needs.prunes:
         return

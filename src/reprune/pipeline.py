@@ -27,7 +27,7 @@ from reprune.errors import ConfigError, RunError
 from reprune.evaluation.suite import dense_result, dense_scratch, evaluate_pruned, finished
 from reprune.export import export, exported
 from reprune.files import read_json, write_json
-from reprune.measured_plan import check_units, pruning_plan
+from reprune.measured_plan import check_coupled, pruning_plan
 from reprune.model.loading import LoadedModel, load_model
 from reprune.profile import TRACE, show, traced
 from reprune.records import block_metrics
@@ -114,7 +114,7 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
         with meter.stage("loading"):
             model = load_model(plan.source, plan.tokenizer, plan.device)
             if not plan.transform.renumbers:
-                check_units(plan, model)
+                check_coupled(plan, model)
         with meter.stage("text"):
             texts = plan.texts(model)
             overlap = plan.check_texts(texts)
@@ -176,7 +176,7 @@ def _transformed(
         around = Surroundings(plan.source, texts, evaluated, stores, plan.folder.path)
         model = plan.transform.apply(model, around)
     if plan.transform.renumbers:
-        check_units(plan, model)
+        check_coupled(plan, model)
     return model
 
 

@@ -70,6 +70,7 @@ def check_units(
     pruner: Pruner,
     refinement: Refinement | None,
     technique: Technique,
+    schedule: Schedule,
     layers: Sequence[LayerShape],
 ) -> None:
     """ConfigError for what cannot go with units of several layers."""
@@ -83,6 +84,11 @@ def check_units(
         )  # fmt: skip
     if refinement is not None:
         raise ConfigError("refine", f"{problem}: no weight can be swapped", value=type(refinement).__name__, accepted="null")  # fmt: skip
+    if schedule.masks == "free" and len(schedule.steps(0.5)) > 1:
+        raise ConfigError(
+            "schedule.masks", "a unit that went puts out nothing, so that no score could bring it back", value="free",
+            accepted="monotone with units", hint="schedule=iterative",
+        )  # fmt: skip
     if technique.within_block == "sequential":
         raise ConfigError(
             "reconstruction.within_block", f"{problem}, so that all layers of a block are pruned at once",
@@ -99,9 +105,14 @@ def check_compact(
     allocation: SizeAllocation | ModelAllocation,
     targets: Sequence[str],
     num_blocks: int,
+    *,
+    brought: bool,
 ) -> None:
-    """ConfigError for a smaller model that no config could describe: all its blocks must be of the same sizes."""
-    if not pattern.units:
+    """ConfigError for a smaller model that no config could describe: all its blocks must be of the same sizes.
+
+    Masks that are there already (`brought`) may be of whole units; whether they are is seen in the end.
+    """
+    if not pattern.units and not brought:
         raise ConfigError(
             "export.compact", "only whole units can be left out of a model, and this pattern removes single weights",
             value=type(pattern).__name__, accepted="pattern=structured", hint="export.model=true writes the model with its zeros",

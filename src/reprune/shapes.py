@@ -171,7 +171,7 @@ def _statistics(shapes: Shapes, technique: Technique) -> int:
             by_block[name.split(".")[0]] += layer.shape[1] ** 2
     experts = max(by_block.values(), default=0)
     largest = max((layer.shape[1] ** 2 for layer in shapes.layers.values()), default=0)
-    sets = 2 if technique.layerwise is None else 4
+    sets = 4 if technique.layerwise is not None and technique.layerwise.reads_gram else 2
     return 4 * (sets * (experts + 3 * largest) + 4 * largest)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,7 +168,9 @@ class BlockPruning:
         if not (self._solver_shares_statistics and statistics):
             gram = self._solver_reads_gram
             own = collect(self.chains, self.block, students, self.texts.reconstruction, group, gram)
-        if technique.target_chain == "sparse" or technique.solves_on_dense_inputs(self.number):
+        layerwise = technique.layerwise
+        own_target = technique.target_chain == "sparse" or not (layerwise and layerwise.paired)
+        if own_target or technique.solves_on_dense_inputs(self.number):
             return {name: (found, None) for name, found in own.items()}
         leaders = {id(found): name for name, found in reversed(own.items())}
         views = {name: group[name] for name in leaders.values()}
@@ -221,11 +223,8 @@ class BlockPruning:
                 pruned = refined(plan.refinement, layer, pruned, plan.pattern)
             yield name, pruned, time.perf_counter() - start
 
-    def _projected(self, coupling: Coupling) -> Tensor:
-        view = self.chains.model.linears[self.block][coupling.consumer]
-        return collect_projected(
-            self.chains, self.block, self._read_chain, self.texts.mask, view, coupling.columns
-        )
+    def _projected(self, couplings: Sequence[Coupling]) -> dict[str, Tensor]:
+        return collect_projected(self.chains, self.block, self._read_chain, self.texts.mask, couplings)
 
     def _write(
         self,
@@ -264,8 +263,11 @@ class BlockPruning:
             for note in solved.told.get("notes", []):
                 LOG.warning("%s: %s", place, note)
             if solved.bias_change is not None:
-                bias = self.dense_weights[view.bias].to(solved.bias_change.device)
-                view.write_bias(bias.float() + solved.bias_change)
+                change = solved.bias_change
+                if plan.pattern.units:
+                    # What units that went put out is read by nothing.
+                    change = change.masked_fill(~pruned.keep.any(dim=1), 0)
+                view.write_bias(self.dense_weights[view.bias].to(change.device).float() + change)
         view.write(result)
         self.chains.model.plan.synchronise()
         return view.orient(pruned.keep).cpu().contiguous(), row

@@ -13,6 +13,7 @@ from reprune.calibration.source import TextSet
 from reprune.engine.chains import Boundary, Chains
 from reprune.engine.statistics import InputStatistics, collecting
 from reprune.errors import RunError
+from reprune.model.coupling import Coupling
 from reprune.model.linears import LinearView
 from reprune.reconstruction.pairs import PairStatistics
 
@@ -34,32 +35,39 @@ def collect(
 
 
 def collect_projected(
-    chains: Chains, block: int, inputs: Boundary, texts: Sequence[TextSet], view: LinearView, columns: Tensor
-) -> Tensor:
-    """The mean over tokens of ‖W_u x_u‖₁ for units u of a linear's inputs, `columns` [units, features]: float32 [units]."""
-    weight = view.weight.float()
-    sums, num_tokens = torch.zeros(len(columns), device=weight.device), 0
+    chains: Chains, block: int, inputs: Boundary, texts: Sequence[TextSet], couplings: Sequence[Coupling]
+) -> dict[str, Tensor]:
+    """By consumer the means over tokens of ‖W_u x_u‖₁ for units u of its inputs: float32 [units] each."""
+    views = chains.model.linears[block]
+    sums = {it.consumer: torch.zeros(len(it.columns), device=it.columns.device) for it in couplings}
+    num_tokens = sum(text.tokens_NT.numel() for text in texts)
 
-    @torch.no_grad()
-    def add(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        nonlocal num_tokens
-        given = positional[0] if positional else next(iter(keywords.values()))
-        x = given.reshape(-1, given.shape[-1]).float()
-        num_tokens += len(x)
-        if columns.shape[1] == 1:
-            sums.add_((x.abs().sum(dim=0) * weight.abs().sum(dim=0))[columns[:, 0]])
-            return
-        for unit, own in enumerate(columns):
-            sums[unit] += (x[:, own] @ weight[:, own].T).abs().sum()
+    def adding(weight: Tensor, columns: Tensor, total: Tensor) -> Any:
+        @torch.no_grad()
+        def add(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            given = positional[0] if positional else next(iter(keywords.values()))
+            x = given.reshape(-1, given.shape[-1]).float()
+            if columns.shape[1] == 1:
+                total.add_((x.abs().sum(dim=0) * weight.abs().sum(dim=0))[columns[:, 0]])
+                return
+            for unit, own in enumerate(columns):
+                total[unit] += (x[:, own] @ weight[:, own].T).abs().sum()
 
-    handle = view.module.register_forward_pre_hook(add, with_kwargs=True)
-    try:
-        with chains.model.plan.holding(chains.model.blocks[block]):
+        return add
+
+    with chains.model.plan.holding(chains.model.blocks[block]):
+        handles = [
+            views[it.consumer].module.register_forward_pre_hook(
+                adding(views[it.consumer].weight.float(), it.columns, sums[it.consumer]), with_kwargs=True
+            )
+            for it in couplings
+        ]
+        try:
             chains.observe(block, inputs, texts)
-    finally:
-        handle.remove()
-    assert num_tokens
-    return sums / num_tokens
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {name: total / num_tokens for name, total in sums.items()}
 
 
 def collect_pairs(

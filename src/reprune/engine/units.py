@@ -14,8 +14,8 @@ from reprune.model.loading import LoadedModel
 from reprune.pruning.contract import LayerContext, Pruned, ScorePruner, UnitPruner, require_finite
 from reprune.sparsity.coupled_units import CoupledUnits
 
-Projected = Callable[[Coupling], Tensor]
-"""Of the units of a coupling the means over tokens of ‖W_u x_u‖₁, float32 [units]."""
+Projected = Callable[[Sequence[Coupling]], Mapping[str, Tensor]]
+"""By consumer the means over tokens of ‖W_u x_u‖₁ of its units u, float32 [units]."""
 
 
 def prune_units(
@@ -34,12 +34,13 @@ def prune_units(
     """
     block = next(iter(layers.values())).block
     couplings = couplings_of(model, block, list(layers))
+    put_out = projected(couplings) if isinstance(pruner, UnitPruner) else {}
     found: dict[str, Pruned] = {}
     for coupling in couplings:
         names = [coupling.consumer, *coupling.rows]
         consumer = layers[coupling.consumer]
         if isinstance(pruner, UnitPruner):
-            units = pruner.unit_scores(consumer, coupling.columns, projected(coupling))
+            units = pruner.unit_scores(consumer, coupling.columns, put_out[coupling.consumer])
             require_finite(units, consumer)
         else:
             scores = {name: pruner.score(layers[name]).float() for name in names}

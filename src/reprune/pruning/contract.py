@@ -21,7 +21,7 @@ class Needs:
 
     `norm`: sums over its inputs (norms, means, variances); `gram`: Σ x xᵀ too. `gradients`: of the dense model's
     language-model loss, on the text of the mask data with the name `gradient_text` (None: on all of it).
-    `block_gradients`: of the norm of the block's own output.
+    `block_gradients`: of the norm of the block's own output. `projected`: what each unit of a layer's inputs puts out.
     """
 
     norm: bool = False
@@ -29,6 +29,7 @@ class Needs:
     gradients: bool = False
     gradient_text: str | None = None
     block_gradients: bool = False
+    projected: bool = False
     prunes: bool = True
 
     @property
@@ -44,6 +45,7 @@ class Needs:
             gradients=self.gradients or other.gradients,
             gradient_text=self.gradient_text or other.gradient_text,
             block_gradients=self.block_gradients or other.block_gradients,
+            projected=self.projected or other.projected,
             prunes=self.prunes or other.prunes,
         )
 
@@ -199,7 +201,7 @@ class ScorePruner(ABC):
 class UnitPruner(ABC):
     """Ranks whole units of coupled layers (`pattern=structured`), and leaves the values of those that stay."""
 
-    needs: ClassVar[Needs] = Needs(norm=True)
+    needs: ClassVar[Needs] = Needs(projected=True)
 
     def check(self, pattern: Pattern) -> None:
         """ConfigError for a pattern without units."""

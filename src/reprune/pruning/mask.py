@@ -37,7 +37,12 @@ class Mask:
     _brought: _Brought | None = field(init=False, repr=False, default=None)
 
     def check(self, pattern: Pattern) -> None:
-        """Whether the mask conforms is known once it is read: see `brings`."""
+        """ConfigError for units. Whether the mask conforms to another pattern is known once it is read: see `brings`."""
+        if pattern.units:
+            raise ConfigError(
+                "pattern", "whole units are chosen by scores, and this mask is there already", value="structured",
+                accepted="unstructured, for a mask of whole units too", hint="pattern=unstructured",
+            )  # fmt: skip
 
     def brings(
         self, layers: Mapping[str, LayerShape], pattern: Pattern, known: Collection[str]

@@ -203,8 +203,21 @@ class Checkpoint(MaskSource):
         return weight != 0
 
 
+def _refuse_renumbered(path: Path) -> None:
+    """ConfigError for a run in which blocks were dropped, and for the masks that it wrote."""
+    path = path.absolute()
+    for folder in (path, *(above.parent for above in (path, path.parent) if above.name == "masks")):
+        record = folder / "transform.json"
+        if record.is_file() and "dropped" in read_json(record):
+            raise ConfigError(
+                KEY, "blocks were dropped in this run, and its masks are by the numbers of those that stayed", value=path,
+                accepted=ACCEPTED, hint="evaluate or prune its exported model",
+            )  # fmt: skip
+
+
 def open_source(path: Path) -> MaskSource:
     """Find out what lies at `path`. Raises ConfigError for what is no source of masks, unfinished or damaged."""
+    _refuse_renumbered(path)
     if path.is_file():
         return MaskFile(path, _table([path], path))
     if not path.is_dir():
@@ -218,11 +231,6 @@ def open_source(path: Path) -> MaskSource:
             accepted=ACCEPTED,
             hint="give the command that began it again: it goes on where it stopped",
         )
-    if is_run and (path / "transform.json").is_file() and "dropped" in read_json(path / "transform.json"):
-        raise ConfigError(
-            KEY, "blocks were dropped in this run, and its masks are by the numbers of those that stayed", value=path,
-            accepted=ACCEPTED, hint="evaluate or prune its exported model",
-        )  # fmt: skip
     for file in (path / "masks" / "masks.safetensors", path / "masks.safetensors"):
         if file.is_file():
             return MaskFile(path, _table([file], path))

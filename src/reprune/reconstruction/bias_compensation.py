@@ -18,7 +18,7 @@ class BiasCompensation(Layerwise):
     """b += (W − Ŵ) E[X]: what the pruned weights gave in the mean, the bias gives from now on.
 
     For whole input features that go, Ŵ = M⊙W, it is FLAP's W ((1 − m)⊙E[X]); it is the best bias in least squares for
-    any Ŵ. Outputs of which no weight is kept are left alone: nothing reads them where units go as a whole.
+    any Ŵ. `change_norm` in the record is ‖(W − Ŵ) E[X]‖₂.
     """
 
     name: ClassVar[str] = "bias_compensation"
@@ -39,4 +39,4 @@ class BiasCompensation(Layerwise):
         """See Layerwise: the pruner's weights, and a bias beside them."""
         assert pairs is None
         change = (dense.float() - pruned.float()) @ statistics.mean
-        return Solved(pruned.float(), change.masked_fill(~keep.any(dim=1), 0))
+        return Solved(pruned.float(), change, {"change_norm": float(change.norm())})

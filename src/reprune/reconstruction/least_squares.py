@@ -24,7 +24,8 @@ class LeastSquares(Layerwise):
     to the dense weights w either way. Solved for all rows at once by conjugate gradients from the pruner's weights, at
     least `min_iterations`, until the share of the recoverable error that the last iterations still gained is below
     `tolerance`, which is small so that rounding stays small: on SmolLM2 a Gram that is off by 2e-7 moves the weights by
-    5e-4 to 2e-3 when stopped at 1e-3, and mostly by less than 6e-5 at 1e-6. Or per row by Cholesky factorisations in float64 (`solver: exact`), which takes far longer.
+    5e-4 to 2e-3 when stopped at 1e-3, and mostly by less than 6e-5 at 1e-6. Or per row by Cholesky factorisations in
+    float64 (`solver: exact`), which takes far longer.
     """
 
     damp: float = 0.01

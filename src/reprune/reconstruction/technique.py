@@ -41,7 +41,9 @@ class Technique:
     counts), and training ends after `patience` epochs without a lower one.
 
     Defaults of the optimiser are the study's: Adam(0.9, 0.95), lr 2e-4 with linear decay, no weight decay, batch 8;
-    `clip_norm` bounds the norm of the true gradient; with `sgd` the first of `betas` is its momentum, with `rmsprop` the second its decay of squares. `rank` and `lora_scale` belong to `trainable: masked_lora`.
+    `clip_norm` bounds
+    the norm of the true gradient; with `sgd` the first of `betas` is its momentum, with `rmsprop` the second its decay of
+    squares. `rank` and `lora_scale` belong to `trainable: masked_lora`.
     """
 
     granularity: Literal["block", "submodule"] = "block"
@@ -125,10 +127,12 @@ class Technique:
                 f"a polynomial schedule ends at {POLYNOMIAL_END:g}, below which it cannot begin",
                 value=self.learning_rate,
             )
-        if self.layerwise is not None and self.target_chain == "dense" and not self.layerwise.paired:
+        if self.layerwise is not None and not (
+            self.layerwise.paired or self.trains or self.target_chain == "sparse"
+        ):
             raise ConfigError(
                 "target_chain",
-                "the layer-wise fit goes by the layer's own inputs, those of the pruned chain",
+                "the layer-wise fit makes up for what the layer itself gave, on its own inputs",
                 value=self.target_chain,
                 accepted="sparse with this `layerwise`",
             )

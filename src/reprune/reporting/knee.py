@@ -79,8 +79,8 @@ def knees(found: pd.DataFrame, tolerance: float = TOLERANCE) -> pd.DataFrame:
 def curves(frame: pd.DataFrame) -> pd.DataFrame:
     """A row an arm, metric, requested sparsity and calibration set: the measured sparsity and the cost, means over seeds.
 
-    An arm is all finished runs that agree in everything but sparsity, seeds, sets and what changes no number. The cost of perplexity (geometric mean over texts) is pruned ÷ dense − 1, that of acc (mean over tasks) 1 − pruned ÷
-    dense; over the texts or tasks that the arm's runs with that kind all have of both models. Dense numbers are the
+    An arm is all finished runs that agree in everything but sparsity, seeds, sets and what changes no number. The cost of
+    perplexity (geometric mean over texts) is pruned ÷ dense − 1, that of acc (mean over tasks) 1 − pruned ÷ dense; over the texts or tasks that the arm's runs with that kind all have of both models. Dense numbers are the
     run's own. A run without them has no row, and neither has an arm of fewer than three different sparsities.
     """
     finished = frame[frame["state"] == "finished"]
@@ -106,7 +106,14 @@ def curves(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def mean_curve(curve: pd.DataFrame) -> pd.DataFrame:
-    """Requested and measured sparsity and cost, means over calibration sets, by rising sparsity; `curve` is one arm's."""
+    """Requested and measured sparsity and cost, means over calibration sets, by rising sparsity; `curve` is one arm's.
+
+    Of the sets that have every sparsity, if there are any: another mix of sets at each point would be a curve of its own.
+    """
+    there = curve.groupby("set")["requested"].nunique()
+    whole = there.index[there == curve["requested"].nunique()]
+    if len(whole):
+        curve = curve[curve["set"].isin(whole)]
     means = curve.groupby("requested", as_index=False)[["sparsity", "cost"]].mean()
     return means.sort_values("sparsity", ignore_index=True)
 
