@@ -17,9 +17,12 @@ from reprune.compose import compose_run
 from reprune.reporting.replicates import IRRELEVANT
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(
-    path for path in (ROOT / "experiments/results").glob("evidence_*.csv") if "verdicts" not in path.name
-)
+FILES = [
+    path
+    for group in ("evidence", "methods")
+    for path in sorted((ROOT / "experiments/results").glob(f"{group}_*.csv"))
+    if "verdicts" not in path.name
+]
 
 
 @pytest.fixture(scope="module")

@@ -173,10 +173,18 @@ def test_texts_and_tasks_that_all_runs_have() -> None:
 
 def test_null_is_the_sparsity_that_was_measured() -> None:
     """Catches a run at the pattern's own sparsity that is no point, or one of its own beside that of the same number."""
-    rows = [*curve_of((0.0, 0.004)), at(None, 0.03), at(0.5, 0.05, **{"config/calibration.set": 1})]
-    rows[2]["sparsity"], rows[3]["sparsity"] = 0.50004, 0.5
+    other = {"config/calibration.set": 1}
+    rows = [*curve_of((0.0, 0.004)), *curve_of((0.0, 0.004), **other), at(None, 0.03), at(0.5, 0.05, **other)]
+    rows[4]["sparsity"], rows[5]["sparsity"] = 0.50004, 0.5
     [found] = knees_of(rows).to_dict("records")
     assert (found["sparsities"], found["above"], found["cost_above"]) == pytest.approx((3, 0.50002, 0.04))
+
+
+def test_sets_that_lack_a_sparsity_are_no_part_of_the_curve() -> None:
+    """Catches a knee that is only another mix of sets at one point, in a sweep that is not finished."""
+    other = {"config/calibration.set": 1}
+    rows = [*curve_of((0.001, 0.002, 0.02)), at(0.1, 0.5, **other)]
+    assert knees_of(rows).to_dict("records")[0]["above"] == pytest.approx(0.301)
 
 
 def test_plot_shows_the_measured_points() -> None:
