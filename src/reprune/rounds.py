@@ -165,11 +165,15 @@ def check_masks_fit(transform: Transform) -> None:
 
 
 def check_gradient_text(needs: Needs, requests: Sequence[Request]) -> None:
-    """ConfigError where the text that gradients are wanted on is no part of the mask data."""
-    if needs.gradient_text is None:
-        return
+    """ConfigError where the text that gradients are wanted on is no part of the mask data, or nothing but it is."""
     names = [request.name for request in requests if request.use == "mask"]
-    if needs.gradient_text not in names:
+    if needs.statistics_without is not None and set(names) == {needs.statistics_without}:
+        raise ConfigError(
+            "pruner", "the mask data are this text alone, and statistics are wanted of other text",
+            value=needs.statistics_without, accepted="the name of one of several parts",
+            hint="calibration=mixture, with general text beside the domain's; or pruner.domain=null for both on the same text",
+        )  # fmt: skip
+    if needs.gradient_text is not None and needs.gradient_text not in names:
         raise ConfigError(
             "pruner", "the mask data have no part of this name to take gradients on", value=needs.gradient_text,
             accepted=names, hint="calibration=mixture, with the domain's text as one of its parts",

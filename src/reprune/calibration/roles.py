@@ -21,6 +21,10 @@ class Texts:
     validation: list[TextSet] = field(default_factory=list)
     probes: list[TextSet] = field(default_factory=list)
 
+    def mask_without(self, name: str | None) -> list[TextSet]:
+        """The mask data but for the text of this name; None: all of it."""
+        return [text for text in self.mask if name is None or text.name != name]
+
     @property
     def calibration(self) -> list[TextSet]:
         """Mask and reconstruction data, each set once."""

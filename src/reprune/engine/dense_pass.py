@@ -40,7 +40,9 @@ class DensePass:
     gradients: ModelGradients | None = None
 
     @torch.no_grad()
-    def visit(self, *, norm: bool = False, gram: bool = False, text: bool = True) -> Iterator[DenseBlock]:
+    def visit(
+        self, *, norm: bool = False, gram: bool = False, text: bool = True, without: str | None = None
+    ) -> Iterator[DenseBlock]:
         """See ModelView."""
         assert text or not (norm or gram)
         texts = [*self.texts.mask, *self.texts.validation]
@@ -54,7 +56,9 @@ class DensePass:
             statistics: dict[str, InputStatistics] = {}
             if chains is not None:
                 if views and (norm or gram):
-                    statistics = collect(chains, block, chains.dense[block], self.texts.mask, views, gram)
+                    statistics = collect(
+                        chains, block, chains.dense[block], self.texts.mask_without(without), views, gram
+                    )
                 chains.advance_dense(block)
             with self.model.plan.holding(self.model.blocks[block]):
                 yield _Visited(self, chains, block, views, statistics)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reprune.calibration.roles import Texts
+from reprune.calibration.source import TextSet
 from reprune.engine.chains import Boundary, Chains
 from reprune.engine.gradients import block_gradients
 from reprune.engine.observing import Views, collect, collect_pairs, collect_projected
@@ -71,13 +72,14 @@ class BlockPruning:
                 with self.meter.stage("statistics"):
                     group = self._next_group(remaining)
                     statistics = self._statistics(group)
+                    refining = self._refining_statistics(group)
                     solving = self._solver_statistics(group, statistics)
                 with self.meter.stage("pruning"):
                     layers = {
                         name: self._context(name, view, statistics.get(name), gradients(name))
                         for name, view in group.items()
                     }
-                    for name, pruned, seconds in self._chosen(layers):
+                    for name, pruned, seconds in self._chosen(layers, refining):
                         start = time.perf_counter() - seconds
                         masks[name], rows[name] = self._write(
                             layers[name], group[name], pruned, solving.get(name)
@@ -136,12 +138,34 @@ class BlockPruning:
 
     def _statistics(self, group: Views) -> dict[str, InputStatistics]:
         """What the pruner reads: of the block as it is now, on the input of the chain that was asked for."""
-        needs = self.plan.needs
+        needs = self.plan.pruner.needs if self._refines_apart else self.plan.needs
         if not needs.any:
             return {}
         # The solver can go on with a Gram of the same tokens.
         gram = needs.gram or (self._solver_shares_statistics and self._solver_reads_gram)
+        return collect(self.chains, self.block, self._read_chain, self._read_texts, group, gram)
+
+    def _refining_statistics(self, group: Views) -> dict[str, InputStatistics]:
+        """What the refinement reads, where that is other text than the pruner's: all of the mask data."""
+        if not self._refines_apart:
+            return {}
+        assert self.plan.refinement is not None
+        gram = self.plan.refinement.needs.gram
         return collect(self.chains, self.block, self._read_chain, self.texts.mask, group, gram)
+
+    @property
+    def _read_texts(self) -> list[TextSet]:
+        """The mask data that the pruner's statistics are of."""
+        return self.texts.mask_without(self.plan.pruner.needs.statistics_without)
+
+    @property
+    def _refines_apart(self) -> bool:
+        plan = self.plan
+        return (
+            plan.refinement is not None
+            and plan.refinement.needs.any
+            and plan.pruner.needs.statistics_without is not None
+        )
 
     @property
     def _solver_reads_gram(self) -> bool:
@@ -149,11 +173,11 @@ class BlockPruning:
 
     @property
     def _solver_shares_statistics(self) -> bool:
-        technique, texts = self.technique, self.texts
+        technique, solved = self.technique, self.texts.reconstruction
         return (
             self._solves
             and technique.statistics_chain == technique.input_chain
-            and [text.key for text in texts.mask] == [text.key for text in texts.reconstruction]
+            and [text.key for text in self._read_texts] == [text.key for text in solved]
         )
 
     def _solver_statistics(
@@ -205,8 +229,13 @@ class BlockPruning:
             removed = ~earlier
         return LayerContext(name, self.block, weight, statistics, stream, removed, **gradients)
 
-    def _chosen(self, layers: Mapping[str, LayerContext]) -> Iterator[tuple[str, Pruned, float]]:
-        """Each layer pruned, one at a time, and the seconds that took; units of several layers all at once."""
+    def _chosen(
+        self, layers: Mapping[str, LayerContext], refining: Mapping[str, InputStatistics]
+    ) -> Iterator[tuple[str, Pruned, float]]:
+        """Each layer pruned, one at a time, and the seconds that took; units of several layers all at once.
+
+        `refining` are statistics for the refinement, of layers where it does not read the pruner's.
+        """
         plan, start = self.plan, time.perf_counter()
         shares = {name: plan.rounds[self.number][f"{self.block}.{name}"] for name in layers}
         if isinstance(plan.pattern, CoupledUnits) and plan.pruner.needs.prunes:
@@ -220,7 +249,8 @@ class BlockPruning:
             start = time.perf_counter()
             pruned = plan.pruner.prune(layer, plan.pattern, shares[name])
             if plan.refinement is not None:
-                pruned = refined(plan.refinement, layer, pruned, plan.pattern)
+                judged = replace(layer, statistics=refining.get(name, layer.statistics))
+                pruned = refined(plan.refinement, judged, pruned, plan.pattern)
             yield name, pruned, time.perf_counter() - start
 
     def _projected(self, couplings: Sequence[Coupling]) -> dict[str, Tensor]:

@@ -22,12 +22,14 @@ class Needs:
     `norm`: sums over its inputs (norms, means, variances); `gram`: Σ x xᵀ too. `gradients`: of the dense model's
     language-model loss, on the text of the mask data with the name `gradient_text` (None: on all of it).
     `block_gradients`: of the norm of the block's own output. `projected`: what each unit of a layer's inputs puts out.
+    `statistics_without` names a text of the mask data of which no statistics are taken (None: they are of all of it).
     """
 
     norm: bool = False
     gram: bool = False
     gradients: bool = False
     gradient_text: str | None = None
+    statistics_without: str | None = None
     block_gradients: bool = False
     projected: bool = False
     prunes: bool = True
@@ -39,11 +41,13 @@ class Needs:
 
     def __or__(self, other: Needs) -> Needs:
         assert None in (self.gradient_text, other.gradient_text)
+        assert None in (self.statistics_without, other.statistics_without)
         return Needs(
             norm=self.norm or other.norm,
             gram=self.gram or other.gram,
             gradients=self.gradients or other.gradients,
             gradient_text=self.gradient_text or other.gradient_text,
+            statistics_without=self.statistics_without or other.statistics_without,
             block_gradients=self.block_gradients or other.block_gradients,
             projected=self.projected or other.projected,
             prunes=self.prunes or other.prunes,

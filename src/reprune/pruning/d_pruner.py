@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -16,13 +16,17 @@ from reprune.sparsity.patterns import Group, Pattern
 class DPruner(ScorePruner):
     """S_ij = |g̃ W + ½ (g̃ W)²|_ij, g̃ the gradient of the domain's loss plus λ Σ G_ij (W' − W)_ij², within the output row.
 
-    G_ij = W_ij² / [2 (H⁻¹)_jj] is what removing the weight costs on general text, H = 2/n Σ x xᵀ of the mask data. A
+    G_ij = W_ij² / [2 (H⁻¹)_jj] is what removing the weight costs on general text, H = 2/n Σ x xᵀ. A
     step of length α on the domain's loss, W' − W = −α g, makes the second term λ α² Σ G g², whose gradient, with g² in
     place of the Hessian, is 2 λ α² G g · g²: so g̃ = g (1 + 2 λ α² G ḡ²), g the mean gradient on the domain's text and
     ḡ² the mean of its squares. `regularisation` is λ (0.1), `step` α (0.03), `damp` that of H.
 
-    `domain` names the part of the mask data that is the domain's text (calibration=mixture); null takes gradients on
-    all of it. H is of all mask data.
+    `domain` names the part of the mask data that is the domain's text (calibration=mixture): gradients are on it, H is of
+    all other parts. With null both are on all mask data.
+
+    Unlike the authors' code: that takes 2 λ α² G g² / 1000 for the second term of g̃ (g once less), W² / C_jj² from
+    SparseGPT's sweep for G (C as there, W as updated by then), adds up |g̃ W + (g̃ W)² / 2000 + W³| over batches of
+    the domain's text, and updates the weights in between.
     """
 
     domain: str | None = None
@@ -37,8 +41,12 @@ class DPruner(ScorePruner):
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]
-        """Gram and gradients, the latter on the domain's text."""
-        return Needs(gram=True, gradients=True, gradient_text=self.domain)
+        """Gram and gradients, the latter on the domain's text, the former on all other."""
+        return Needs(gram=True, gradients=True, gradient_text=self.domain, statistics_without=self.domain)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields, and what H is of where that is not all mask data."""
+        return {**asdict(self), **({} if self.domain is None else {"general": "other_parts"})}
 
     def score(self, layer: LayerContext) -> Tensor:
         """See ScorePruner."""

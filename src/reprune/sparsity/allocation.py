@@ -90,10 +90,13 @@ class ModelView(Protocol):
         """The run's pattern."""
         ...
 
-    def visit(self, *, norm: bool = False, gram: bool = False, text: bool = True) -> Iterator[DenseBlock]:
+    def visit(
+        self, *, norm: bool = False, gram: bool = False, text: bool = True, without: str | None = None
+    ) -> Iterator[DenseBlock]:
         """Each block in turn, with the statistics asked for; whatever is read of it has to be read in its turn.
 
-        Without `text` nothing is computed, and there are weights only.
+        Statistics are of the mask data but for its text of the name `without`. Without `text` nothing is computed, and
+        there are weights only.
         """
         ...
 

@@ -70,9 +70,13 @@ class Global(ModelAllocation):
         score = self._score(view.pruner)
         num_weights = view.layers.num_weights
         left_out = 0 if sum(num_weights.values()) <= EXACT else COARSE_BITS
+        needs = score.needs
+        blocks = view.visit(
+            norm=needs.norm, gram=needs.gram, text=needs.any, without=needs.statistics_without
+        )
         counts = {
             name: _Counts.of(score, layer, left_out)
-            for block in view.visit(norm=score.needs.norm, gram=score.needs.gram, text=score.needs.any)
+            for block in blocks
             for name, layer in block.layers.items()
         }
         return [self._shares(counts, num_weights, sparsity) for sparsity in sparsities]

@@ -49,7 +49,9 @@ class GlobalUnits(ModelAllocation):
         needs = pruner.needs
         ranked = [
             _Ranked.of(block, coupling, pruner, pattern)
-            for block in view.visit(norm=needs.norm, gram=needs.gram, text=needs.any)
+            for block in view.visit(
+                norm=needs.norm, gram=needs.gram, text=needs.any, without=needs.statistics_without
+            )
             for coupling in block.couplings
         ]
         scores = torch.cat([one.scores for one in ranked])

@@ -68,7 +68,8 @@ class Sensitivity(ModelAllocation):
         """See ModelAllocation."""
         grid = self._grid(view.pattern)
         curves = dict[str, list[Point]]()
-        for block in view.visit(norm=view.pruner.needs.norm, gram=view.pruner.needs.gram):
+        needs = view.pruner.needs
+        for block in view.visit(norm=needs.norm, gram=needs.gram, without=needs.statistics_without):
             for name, layer in block.layers.items():
                 points = [(0.0, 0.0)]
                 for share in grid:
