@@ -23,6 +23,7 @@ from reprune.model.loading import LoadedModel, load_model
 from reprune.pruning.contract import LayerContext, Needs, Pruned
 from reprune.pruning.d_pruner import DPruner
 from reprune.pruning.wanda import Wanda
+from reprune.reconstruction.layerwise import Layerwise, Solved
 from reprune.rounds import check_gradient_text
 from reprune.sparsity.allocation import Layers
 from reprune.sparsity.patterns import Pattern, Unstructured
@@ -84,17 +85,22 @@ class _Refining:
 
 
 @dataclass
-class _Solving:
+class _Solving(Layerwise):
     """In the place of least squares: keeps the Gram that it would solve with."""
+
+    name: ClassVar[str] = "solving"
+    reads_gram: ClassVar[bool] = True
+    writes_bias: ClassVar[bool] = False
+    paired: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.seen: dict[str, Tensor] = {}
 
     def solve(
-        self, dense: Tensor, weight: Tensor, keep: Tensor, own: Any, pair: Any, place: str
-    ) -> tuple[Tensor, dict[str, Any]]:
-        self.seen[place] = own.gram.clone()
-        return weight, {}
+        self, dense: Tensor, pruned: Tensor, keep: Tensor, statistics: Any, pairs: Any, place: str
+    ) -> Solved:
+        self.seen[place] = statistics.gram.clone()
+        return Solved(pruned)
 
 
 def _same(found: Tensor, expected: Tensor) -> None:
