@@ -149,7 +149,7 @@ class WrittenText(TextSource):
             generator(context.seed, self.name, context.part, *which(context), first + place)
             for place in range(self.batch_size)
         ]
-        with model.plan.holding(model.model):
+        with model.holding(model.model):
             starts = self.starts(model, context, streams, first)
             self._check_room(model, starts.tokens_BT.shape[1], context.key)
             sampled = sample(model, starts.tokens_BT, streams, self.temperature_of, self.max_new_tokens)

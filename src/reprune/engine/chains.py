@@ -56,7 +56,7 @@ class Chains:
         """
         model, plan = self.model, self.model.plan
         outputs = {}
-        with plan.holding(model.blocks[block]):
+        with model.holding(model.blocks[block]):
             standing_in = {name: tensor.to(plan.device) for name, tensor in (weights or {}).items()}
             for text in self.texts if only is None else only:
                 source = inputs[text.key]
@@ -95,4 +95,5 @@ class Chains:
 
 def dense_copy(model: LoadedModel, block: int) -> Mapping[str, Tensor]:
     """A copy of a block's parameters."""
-    return {name: tensor.detach().clone() for name, tensor in model.blocks[block].named_parameters()}
+    with model.resident(model.blocks[block]):
+        return {name: tensor.detach().clone() for name, tensor in model.blocks[block].named_parameters()}

@@ -54,13 +54,13 @@ class DensePass:
                 if f"{block}.{name}" in self.layers.shapes
             }
             statistics: dict[str, InputStatistics] = {}
-            if chains is not None:
-                if views and (norm or gram):
-                    statistics = collect(
-                        chains, block, chains.dense[block], self.texts.mask_without(without), views, gram
-                    )
-                chains.advance_dense(block)
-            with self.model.plan.holding(self.model.blocks[block]):
+            with self.model.holding(self.model.blocks[block]):
+                if chains is not None:
+                    if views and (norm or gram):
+                        statistics = collect(
+                            chains, block, chains.dense[block], self.texts.mask_without(without), views, gram
+                        )
+                    chains.advance_dense(block)
                 yield _Visited(self, chains, block, views, statistics)
             if chains is not None:
                 chains.forget_dense(block + 1)

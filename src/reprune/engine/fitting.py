@@ -53,7 +53,7 @@ class Fit:
         modules: list[nn.Module] = [model.model] if whole else [model.blocks[block] for block in self.blocks]
         name = "" if self.submodule is None else self.submodule.name
         order = generator(self.seed, "reconstruction", *self.purpose, *([name] if name else []))
-        with in_float32(model.plan, modules):
+        with in_float32(model, modules):
             course = train(
                 objective, validation, self._trained(), technique, order, self.on_step, self._place()
             )

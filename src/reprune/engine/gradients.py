@@ -98,7 +98,7 @@ def _behind_last_block(
 ) -> Boundary:
     """The loss's gradient by what the last block puts out, sequence by sequence."""
     found: Boundary = {}
-    with model.plan.holding(*model.outside_blocks), torch.enable_grad():
+    with model.holding(*model.outside_blocks), torch.enable_grad():
         for text in texts:
             source = last[text.key]
             found[text.key] = _float32_like(source, stores)
@@ -179,7 +179,7 @@ def _samples(
     """Each sequence through the block, alone: the squares of its gradient are its own."""
     module = model.blocks[block]
     paths = list(dict.fromkeys(view.parameter for view in layers.values()))
-    with in_float32(model.plan, [module]), torch.enable_grad():
+    with in_float32(model, [module]), torch.enable_grad():
         parameters = {path: module.get_parameter(path).requires_grad_(True) for path in paths}
         for text in texts:
             store = inputs[text.key]

@@ -67,7 +67,7 @@ class BlockPruning:
         rows: dict[str, Any] = {}
         remaining = self.plan.layers(model, self.block)
         gradients = self._gradients(remaining)
-        with model.plan.holding(model.blocks[self.block]):
+        with model.holding(model.blocks[self.block]):
             while remaining:
                 with self.meter.stage("statistics"):
                     group = self._next_group(remaining)

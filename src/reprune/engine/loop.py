@@ -83,12 +83,14 @@ class BlockLoop:
     def _do(self, chains: Chains, window: BlockWindow) -> list[dict[str, Any]]:
         """Prune what enters a window, reconstruct it, freeze what leaves it; the rows of the latter."""
         untrained = chains.pruned
-        for number in self._rounds(window):
-            untrained = self._prune(chains, window, number)
-            if self._trains(window) and (number in (None, self._last_round) or self._trains_each_round):
-                self._reconstruct(chains, window, number)
-        rows = self._freeze(chains, window, untrained)
-        self._commit(window, rows)
+        # Where weights rest on disk, what happens to them in between is lost before it is committed.
+        with self.model.resident(*self.model.blocks[window.first : window.stop]):
+            for number in self._rounds(window):
+                untrained = self._prune(chains, window, number)
+                if self._trains(window) and (number in (None, self._last_round) or self._trains_each_round):
+                    self._reconstruct(chains, window, number)
+            rows = self._freeze(chains, window, untrained)
+            self._commit(window, rows)
         return rows
 
     def _resume(self, windows: Sequence[BlockWindow]) -> Chains:

@@ -24,7 +24,7 @@ def collect(
     chains: Chains, block: int, inputs: Boundary, texts: Sequence[TextSet], views: Views, with_gram: bool
 ) -> dict[str, InputStatistics]:
     """Input statistics of some layers of a block, whose weights are as they are now. RunError for a layer not called."""
-    with chains.model.plan.holding(chains.model.blocks[block]), collecting(views, with_gram) as found:
+    with chains.model.holding(chains.model.blocks[block]), collecting(views, with_gram) as found:
         chains.observe(block, inputs, texts)
     missed = [name for name in views if name not in found]
     if missed:
@@ -55,7 +55,7 @@ def collect_projected(
 
         return add
 
-    with chains.model.plan.holding(chains.model.blocks[block]):
+    with chains.model.holding(chains.model.blocks[block]):
         handles = [
             views[it.consumer].module.register_forward_pre_hook(
                 adding(views[it.consumer].weight.float(), it.columns, sums[it.consumer]), with_kwargs=True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,14 @@ class RunState:
         if len(frozen):
             name = f"frozen_{windows:04d}.safetensors"
             write_tensors(self.folder / name, _tensors(model, frozen, masks), written)
+            _moved(model, frozen, self.folder / name)
         kept = {
             "windows": str(windows),
             "pending": json.dumps({str(block): pending[block] for block in still_open}),
             "measured": json.dumps(measured),
         }
         write_tensors(self.folder / OPEN, _tensors(model, still_open, masks), kept)
+        _moved(model, still_open, self.folder / OPEN)
 
     def windows_done(self) -> int:
         """How many windows are finished."""
@@ -75,7 +77,7 @@ class RunState:
             return int(stream.metadata()["windows"])
 
     def restore(self, model: LoadedModel) -> Progress:
-        """Put the finished weights into the model's blocks and return the rest of the state."""
+        """Put the finished weights into the model's blocks, or say where they rest, and return the rest of the state."""
         progress = Progress(windows=self.windows_done())
         for number in range(1, progress.windows + 1):
             path = self.folder / f"frozen_{number:04d}.safetensors"
@@ -101,13 +103,22 @@ def _tensors(
     return tensors
 
 
+def _moved(model: LoadedModel, blocks: Iterable[int], path: Path) -> None:
+    """Have blocks that rest on disk read from there from now on."""
+    if model.on_disk is not None:
+        for block in blocks:
+            model.on_disk.moved(model.blocks[block], path, f"weights.{block}.")
+
+
 def _load(path: Path, model: LoadedModel, masks: dict[int, dict[str, Tensor]]) -> dict[str, str]:
     with safe_open(path, framework="pt") as stream:
         for key in stream.keys():  # noqa: SIM118 (a safetensors file, not a dict)
             kind, number, name = key.split(".", 2)
             block = int(number)
             own = masks.setdefault(block, {})  # a block of which nothing is pruned has an entry too
-            if kind == "weights":
+            if kind == "weights" and model.on_disk is not None:
+                _moved(model, [block], path)
+            elif kind == "weights":
                 model.blocks[block].state_dict()[name].copy_(stream.get_tensor(key))
             else:
                 shape = model.linears[block][name].stored.shape

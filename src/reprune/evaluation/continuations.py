@@ -129,7 +129,7 @@ class Continuations:
         outcome, frames = Outcome({}), []
         total = sum(len(text.tokens_NT) for text in task.texts.values()) * (1 + self.num_samples)
         done = 0
-        with task.model.plan.holding(task.model.model):
+        with task.model.holding(task.model.model):
             for name, text in task.texts.items():
                 try:
                     frame = self._written(task, name, text, outcome.notes, done, total)

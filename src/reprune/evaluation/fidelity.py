@@ -80,7 +80,7 @@ class Fidelity(OnTexts):
         RunError as well for a model whose head is not the dense one's.
         """
         outcome, counted = Outcome({}, notes=origins_of(task.texts)), _Progress(task)
-        with task.model.plan.holding(task.model.model):
+        with task.model.holding(task.model.model):
             head = head_hash(task.model)
             for name, text in task.texts.items():
                 file = f"{name}.safetensors"

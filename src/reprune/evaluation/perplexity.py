@@ -46,7 +46,7 @@ class Perplexity(OnTexts):
         """See Evaluator; a text on which the model's likelihoods are not finite has failed, RunError when all have."""
         total = sum(len(text.tokens_NT) for text in task.texts.values())
         outcome, done = Outcome({}, notes=origins_of(task.texts)), 0
-        with task.model.plan.holding(task.model.model):
+        with task.model.holding(task.model.model):
             for name, text in task.texts.items():
                 windows = window_losses(task, name, text, outcome.notes, done, total)
                 done += len(windows)

@@ -202,7 +202,7 @@ class Summaries:
             outcome.notes.append(
                 f"summaries: {text.num_cut} of {len(text.sources)} documents were cut to fit"
             )
-        with task.model.plan.holding(task.model.model):
+        with task.model.holding(task.model.model):
             for turn, name in enumerate(self.prompts):
                 try:
                     frames.append(self._summaries(task, text, name, turn, outcome.notes))

@@ -117,7 +117,7 @@ class ZeroShot:
         sizes = [self._size(entry) for entry in self.tasks]
         accuracies: list[tuple[float, float | None]] = []
         size = self.batch_size
-        with task.model.plan.holding(task.model.model):
+        with task.model.holding(task.model.model):
             for index, entry in enumerate(self.tasks):
 
                 def on_share(share: float, before: int = sum(sizes[:index]), own: int = sizes[index]) -> None:

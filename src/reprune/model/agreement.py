@@ -41,7 +41,7 @@ def _outputs(model: LoadedModel, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
     for index, block in enumerate(model.blocks):
         call = model.call(index, *tokens_BT.shape).in_float32()
         states = call.run(copy.deepcopy(block).to(model.plan.device).float(), states)
-    with model.plan.holding(*model.outside_blocks):
+    with model.holding(*model.outside_blocks):
         return states, model.logits_behind_blocks(tokens_BT, states.to(entering.dtype))
 
 

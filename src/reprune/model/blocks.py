@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -122,6 +122,8 @@ def hidden_of(output: Any) -> Tensor:
 Wraps = dict[type, tuple[Any, ...] | None]
 """By class of block: what it returns behind the hidden states, None where it returns these alone."""
 
+Resident = Callable[[nn.Module], AbstractContextManager[None]]
+
 
 class _Recorder:
     """Stands in for a block's forward: keeps the arguments, hands the hidden states on unchanged.
@@ -129,7 +131,8 @@ class _Recorder:
     The first block of each class runs for real once, which tells whether such blocks return a tensor or a tuple.
     """
 
-    def __init__(self, wraps: Wraps) -> None:
+    def __init__(self, wraps: Wraps, resident: Resident) -> None:
+        self.resident = resident
         self.calls: list[BlockCall] = []
         self.first_hidden: Tensor | None = None
         self.wraps = wraps
@@ -148,7 +151,8 @@ class _Recorder:
                 self.first_hidden = hidden
             self.calls.append(BlockCall(rest, keywords))
             if type(block) not in self.wraps:
-                output = real(hidden, *rest, **keywords)
+                with self.resident(block):
+                    output = real(hidden, *rest, **keywords)
                 self.wraps[type(block)] = output[1:] if isinstance(output, tuple) else None
             tail = self.wraps[type(block)]
             return hidden if tail is None else (hidden, *tail)
@@ -218,14 +222,15 @@ def record_calls(
     tokens_BT: Tensor,
     positions_BT: Tensor | None,
     wraps: Wraps,
+    resident: Resident,
 ) -> tuple[Tensor, list[BlockCall]]:
     """What enters block 0, and each block's own arguments, for a batch of token ids [batch, tokens].
 
     Where `positions_BT` begin anew, the documents of a row are kept apart. `wraps` is filled with what blocks return;
-    with all classes in it no block runs. Replaying block 0's arguments for all blocks is wrong where attention types
+    with all classes in it no block runs. `resident` has a block's weights in memory for a context. Replaying block 0's arguments for all blocks is wrong where attention types
     alternate.
     """
-    recorder = _Recorder(wraps)
+    recorder = _Recorder(wraps, resident)
     with _standing_in(blocks, recorder), documents_apart(blocks, positions_BT):
         base(input_ids=tokens_BT, use_cache=False, **placed(base, positions_BT))
     if len(recorder.calls) != len(blocks) or recorder.first_hidden is None:

@@ -62,7 +62,7 @@ def find_couplings(model: LoadedModel, block: int) -> list[Coupling]:
     known = _KNOWN.setdefault(model.model, {})
     if structure not in known:
         # Whoever prunes does so without gradients.
-        with torch.enable_grad():
+        with model.resident(model.blocks[block]), torch.enable_grad():
             known[structure] = _find(model, block)
     return list(known[structure])
 

@@ -55,7 +55,7 @@ def row_losses(model: LoadedModel, tokens_NT: Tensor, positions_NT: Tensor | Non
     found = []
     if positions_NT is not None:
         model.check_texts_apart()
-    with model.plan.holding(model.model):
+    with model.holding(model.model):
         size = rows_a_pass(model, tokens_NT.shape[1])
         for start in range(0, len(tokens_NT), size):
             rows = tokens_NT[start : start + size]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,9 @@ from reprune.model.blocks import (
 from reprune.model.checkpoint import ModelSource
 from reprune.model.description import first_line, num_blocks
 from reprune.model.device import DevicePlan
+from reprune.model.disk_weights import DiskWeights
 from reprune.model.documents import documents_apart
+from reprune.model.hollow import open_checkpoint
 from reprune.model.linears import LinearView, linears_of
 from reprune.model.submodules import Submodule, find_submodules
 from reprune.model.trimming import Trimmed
@@ -40,8 +43,9 @@ _NOT_APART = (
 
 @dataclass
 class LoadedModel:
-    """A causal language model in host memory, its blocks, its tokenizer and where it computes.
+    """A causal language model, its blocks, its tokenizer and where it computes.
 
+    Its weights are in host memory; with `on_disk`, those of its blocks only within `holding` or `resident`.
     `dense_numbers` are those that its blocks have in the dense model, where blocks were dropped; `trimmed` says which
     rows of its vocabulary are there, where some were taken out.
     """
@@ -54,6 +58,7 @@ class LoadedModel:
     identity: dict[str, Any]
     dense_numbers: Sequence[int] | None = field(default=None, kw_only=True)
     trimmed: Trimmed | None = field(default=None, kw_only=True)
+    on_disk: DiskWeights | None = field(default=None, kw_only=True)
     _calls: dict[tuple[int, int], list[BlockCall]] = field(default_factory=dict)
     _placed: tuple[Tensor, list[BlockCall]] | None = None
     _wraps: Wraps = field(default_factory=dict)
@@ -76,13 +81,48 @@ class LoadedModel:
         """The prunable linears of each block, by name within the block."""
         return [linears_of(block) for block in self.blocks]
 
+    @contextmanager
+    def holding(self, *modules: nn.Module) -> Iterator[None]:
+        """Keep modules on the device for the context; those that are there already stay afterwards.
+
+        Where blocks rest on disk, those among `modules` are read; within larger ones each is there while it computes.
+        """
+        around = any(inside is self.blocks for module in modules for inside in module.modules())
+        if self.on_disk is None or not around:
+            own = [module for module in modules if module in set(self.blocks)]
+            with self.resident(*own), self.plan.holding(*modules):
+                yield
+            return
+        inside = {id(module) for module in self.blocks.modules()}
+        leaves = [
+            leaf
+            for module in modules
+            for leaf in module.modules()
+            if id(leaf) not in inside and not any(leaf.children())
+        ]
+        with self.on_disk.in_turn(list(self.blocks), self.holding), self.plan.holding(*leaves):
+            yield
+
+    @contextmanager
+    def resident(self, *blocks: nn.Module) -> Iterator[None]:
+        """Have blocks in host memory for the context, where they rest on disk."""
+        with nullcontext() if self.on_disk is None else self.on_disk.resident(blocks):
+            yield
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Let the whole model compute in host memory, where blocks rest on disk one at a time."""
+        blocks = list(self.blocks)
+        with nullcontext() if self.on_disk is None else self.on_disk.in_turn(blocks, self.resident):
+            yield
+
     def submodules(self, block: int) -> list[Submodule]:
         """Attention, MLP or whatever a block adds to its residual stream, in the order in which they are computed."""
         if block not in self._submodules:
             # Any tokens will do: only what is called with what is looked at.
             hidden = self.embed(torch.zeros(1, _TRACED_TOKENS, dtype=torch.long))
             call = self.call(block, 1, _TRACED_TOKENS)
-            with self.plan.holding(self.blocks[block]):
+            with self.holding(self.blocks[block]):
                 self._submodules[block] = find_submodules(
                     self.blocks[block], self.linears[block], call, hidden.to(self.plan.device)
                 )
@@ -91,7 +131,9 @@ class LoadedModel:
     @torch.no_grad()
     def embed(self, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """What enters block 0 for token ids [batch, tokens]: [batch, tokens, hidden], on the host."""
-        hidden, calls = record_calls(self.base, self.blocks, tokens_BT, positions_BT, self._wraps)
+        hidden, calls = record_calls(
+            self.base, self.blocks, tokens_BT, positions_BT, self._wraps, self.resident
+        )
         if positions_BT is None:
             known = self._calls.setdefault((tokens_BT.shape[0], tokens_BT.shape[1]), calls)
         else:
@@ -117,7 +159,9 @@ class LoadedModel:
         ):
             return self._placed[1]
         any_tokens = torch.zeros(shape, dtype=torch.long)
-        _, calls = record_calls(self.base, self.blocks, any_tokens, positions_BT, self._wraps)
+        _, calls = record_calls(
+            self.base, self.blocks, any_tokens, positions_BT, self._wraps, self.resident
+        )
         if positions_BT is None:
             self._calls[batch, length] = calls
         else:
@@ -152,11 +196,12 @@ class LoadedModel:
         both = torch.cat([first, second], dim=1)
         told = placed(self.model, places)
         try:
-            with documents_apart(self.blocks, places):
+            with self._in_turn(), documents_apart(self.blocks, places):
                 packed = self.model(input_ids=both, use_cache=False, **told).logits[:, len(first[0]) :]
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise RunError(f"{self.name} {_NOT_APART} ({first_line(error)})") from error
-        alone = self.model(input_ids=second, use_cache=False).logits
+        with self._in_turn():
+            alone = self.model(input_ids=second, use_cache=False).logits
         if float((packed - alone).abs().max()) > _ROUNDING * torch.finfo(alone.dtype).eps * float(
             alone.abs().max()
         ):
@@ -207,17 +252,32 @@ class LoadedModel:
 
     def with_model(self, model: Any) -> LoadedModel:
         """Another model of the same kind, with blocks of other sizes, in this one's place."""
+        assert self.on_disk is None, "another model has its weights in memory"
         blocks = model.get_submodule(self.blocks_path)
         return LoadedModel(self.name, model, self.tokenizer, blocks, self.plan, self.identity)
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer so that plain transformers loads them."""
-        self.model.save_pretrained(folder)
+        if self.on_disk is None:
+            self.model.save_pretrained(folder)
+        else:
+            self.on_disk.save(self.model, self.blocks, self.blocks_path, folder)
         self.tokenizer.save_pretrained(folder)
 
 
-def load_model(source: ModelSource, tokenizer: Any, plan: DevicePlan) -> LoadedModel:
-    """Load the weights into host memory in the plan's dtype, ready for evaluation."""
+def load_model(
+    source: ModelSource, tokenizer: Any, plan: DevicePlan, *, on_disk: bool = False
+) -> LoadedModel:
+    """Load the weights in the plan's dtype, ready for evaluation: into host memory, or `on_disk` all but the blocks'.
+
+    RunError where weights are missing; ConfigError for a model whose blocks cannot be read one at a time.
+    """
+    if on_disk:
+        checkpoint, model = open_checkpoint(source, plan.dtype)
+        blocks = find_blocks(model, num_blocks(model.config), source.blocks_path)
+        weights = DiskWeights(checkpoint)
+        weights.of(list(blocks))
+        return LoadedModel(source.name, model, tokenizer, blocks, plan, source.identity(), on_disk=weights)
     model = read_weights(source.folder(), plan.dtype, source.trust_remote_code)
     blocks = find_blocks(model, num_blocks(model.config), source.blocks_path)
     return LoadedModel(source.name, model, tokenizer, blocks, plan, source.identity())

@@ -174,7 +174,7 @@ def shortened(model: LoadedModel, source: ModelSource, kept: Sequence[int], toke
     plan = model.plan
     model.embed(tokens)
     gone = [block for number, block in enumerate(model.blocks) if number not in kept]
-    with plan.holding(model.model), passing_through(gone, model.wraps):
+    with model.holding(model.model), passing_through(gone, model.wraps):
         wanted = model.logits(tokens)
     for change in changes:
         setattr(model.blocks[change.block].get_submodule(change.path), change.attribute, change.number)
@@ -190,8 +190,9 @@ def shortened(model: LoadedModel, source: ModelSource, kept: Sequence[int], toke
         plan,
         {**model.identity, "kept_blocks": list(kept)},
         dense_numbers=[numbers[block] for block in kept],
+        on_disk=model.on_disk,
     )
-    with plan.holding(model.model):
+    with left.holding(model.model):
         _check_equal(left, wanted, left.logits(tokens), "with these blocks passed over")
         with _filled(twin, model.model):
             told = twin(input_ids=tokens.to(plan.device), use_cache=False).logits

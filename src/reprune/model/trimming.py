@@ -213,7 +213,7 @@ def _measured(model: LoadedModel, tokens: Tensor, embedding: nn.Module) -> tuple
     handles = [module.register_forward_pre_hook(look(path)) for path, module in tables]
     try:
         states = model.embed(tokens)
-        with model.plan.holding(model.model):
+        with model.holding(model.model):
             logits = model.logits(tokens).cpu()
     finally:
         for handle in handles:

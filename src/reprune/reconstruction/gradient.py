@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reprune.errors import RunError
-from reprune.model.device import DevicePlan
+from reprune.model.loading import LoadedModel
 from reprune.reconstruction.masked_lora import MaskedLora
 from reprune.reconstruction.objective import Objective
 from reprune.reconstruction.technique import Technique
@@ -145,11 +145,11 @@ def _mean_loss(objective: Objective, size: int, training: Training) -> float:
 
 
 @contextmanager
-def in_float32(plan: DevicePlan, modules: Sequence[nn.Module]) -> Iterator[None]:
+def in_float32(model: LoadedModel, modules: Sequence[nn.Module]) -> Iterator[None]:
     """Hold modules on the device with float32 parameters; afterwards each has its own dtype and none is trainable."""
-    parameters = list({id(own): own for module in modules for own in module.parameters()}.values())
-    dtypes = [parameter.dtype for parameter in parameters]
-    with plan.holding(*modules):
+    with model.holding(*modules):
+        parameters = list({id(own): own for module in modules for own in module.parameters()}.values())
+        dtypes = [parameter.dtype for parameter in parameters]
         for parameter in parameters:
             parameter.data = parameter.data.float()
         try:

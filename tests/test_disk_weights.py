@@ -1,0 +1,152 @@
+"""Weights of blocks that rest on disk: the same bytes as in memory, and never more than a window of blocks there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers import state_bytes
+from reprune.engine.loop import BlockLoop
+from reprune.errors import ConfigError
+from reprune.model.description import load_tokenizer
+from reprune.model.device import DevicePlan
+from reprune.model.loading import LoadedModel, load_model
+from reprune.model.tiny import TinyModel
+from reprune.pruning.sparsegpt import SparseGPT
+from reprune.pruning.wanda import Wanda
+from support import ARCHITECTURES, CPU, block_loop, preset, random_text, state_of
+
+EVERY = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+NUM_BLOCKS = 4
+
+
+def _model(architecture: str, on_disk: bool, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    source = TinyModel(architecture=architecture, num_blocks=NUM_BLOCKS, config=ARCHITECTURES[architecture])
+    plan = DevicePlan(CPU, dtype, torch.get_num_threads())
+    return load_model(source, load_tokenizer(source), plan, on_disk=on_disk)
+
+
+def _num_there(model: LoadedModel) -> int:
+    """How many blocks have weights in memory."""
+    return sum(any(not it.is_meta for it in block.parameters()) for block in model.blocks)
+
+
+class _Counting:
+    """Notes the most blocks that were in memory at any forward pass of a block."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.most = 0
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda module, inputs: self._look(model))
+
+    def _look(self, model: LoadedModel) -> None:
+        self.most = max(self.most, _num_there(model))
+
+
+@EVERY
+def test_a_run_gives_the_same_bytes(architecture: str, tmp_path: Path) -> None:
+    """Catches keys that are renamed or fused otherwise than the library does, blocks read before they are saved, and
+    weights that stay in memory.
+    """
+    written = []
+    for on_disk in (False, True):
+        model = _model(architecture, on_disk)
+        counting = _Counting(model)
+        folder = tmp_path / str(on_disk)
+        loop = block_loop(model, folder, pruner=Wanda())
+        loop.run()
+        written.append(state_bytes(folder))
+        tokens = random_text("probe", "probe", 2, 9).tokens_NT
+        with model.holding(model.model):
+            written.append({"logits": model.logits(tokens).numpy().tobytes()})
+        assert counting.most == (1 if on_disk else NUM_BLOCKS)
+        assert _num_there(model) == (0 if on_disk else NUM_BLOCKS)
+    assert written[0] == written[2]
+    assert written[1] == written[3]
+
+
+@EVERY
+def test_a_saved_model_is_what_transformers_saves(architecture: str, tmp_path: Path) -> None:
+    """Catches keys, configs and tied weights that plain transformers does not read back as they were."""
+    saved = []
+    for on_disk in (False, True):
+        model = _model(architecture, on_disk, torch.bfloat16)
+        block_loop(model, tmp_path / f"run_{on_disk}").run()
+        folder = tmp_path / f"model_{on_disk}"
+        model.save(folder)
+        saved.append(folder)
+    plain, sharded = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+        for folder in saved
+    )
+    assert state_of(plain).keys() == state_of(sharded).keys()
+    assert all(torch.equal(tensor, state_of(sharded)[name]) for name, tensor in state_of(plain).items())
+    for name in ("config.json", "generation_config.json"):
+        wanted, found = ((folder / name) for folder in saved)
+        assert wanted.exists() == found.exists()
+        if wanted.exists():
+            assert json.loads(wanted.read_text()) == json.loads(found.read_text())
+    index = json.loads((saved[1] / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == NUM_BLOCKS + 1
+
+
+TECHNIQUES = {
+    "br_gp": (preset("br_gp", epochs=1), 1),
+    "br_gp_cr": (preset("br_gp_cr", epochs=1), 2),
+    "free_lunch": (preset("free_lunch", epochs=1), 2),
+    "least_squares": (preset("least_squares"), 1),
+    "bias_compensation": (preset("bias_compensation"), 1),
+}
+
+
+def _loop(model: LoadedModel, folder: Path, technique: Any) -> BlockLoop:
+    return block_loop(model, folder, pruner=SparseGPT(), technique=technique)
+
+
+@pytest.mark.parametrize("name", list(TECHNIQUES))
+def test_reconstruction_and_resumption(name: str, tmp_path: Path) -> None:
+    """Catches windows whose earlier blocks are read dense again, biases that no file holds, and a resumption that begins
+    with weights of another state.
+    """
+    technique, most = TECHNIQUES[name]
+    reference = tmp_path / "memory"
+    _loop(_model("llama", False), reference, technique).run()
+    model = _model("llama", True)
+    counting = _Counting(model)
+    loop, folder = _loop(model, tmp_path / "disk", technique), tmp_path / "disk"
+
+    class Stop(Exception):  # noqa: N818 (stands for a kill)
+        pass
+
+    def stop_after_two(windows: int, rows: Any, new: Any) -> None:
+        if windows == 2:
+            raise Stop
+
+    loop.after_commit = stop_after_two
+    with pytest.raises(Stop):
+        loop.run()
+    rows, masks = _loop(_model("llama", True), folder, technique).run()
+    assert state_bytes(folder) == state_bytes(reference)
+    assert counting.most <= most
+    assert len(rows) == len(masks) == NUM_BLOCKS
+
+
+def test_blocks_that_share_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a model whose blocks are one tensor being read as if each had its own."""
+    from reprune.model import hollow
+
+    made = hollow.hollow
+
+    def tying(*given: Any) -> Any:
+        model = made(*given)
+        model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+        return model
+
+    monkeypatch.setattr(hollow, "hollow", tying)
+    with pytest.raises(ConfigError, match="layers.0.mlp.up_proj.weight and model.layers.1"):
+        _model("llama", True)
