@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from reprune.calibration.roles import Texts
-from reprune.calibration.source import TextSet
 from reprune.engine.chains import Boundary, Chains
 from reprune.engine.gradients import block_gradients
-from reprune.engine.observing import Views, collect, collect_pairs, collect_projected
+from reprune.engine.layer_statistics import LayerStatistics, Solving
+from reprune.engine.observing import Views
 from reprune.engine.pruning_plan import PruningPlan
-from reprune.engine.statistics import InputStatistics, collecting
+from reprune.engine.statistics import InputStatistics
 from reprune.engine.units import prune_units
 from reprune.errors import RunError
-from reprune.model.coupling import Coupling
 from reprune.model.linears import LinearView
 from reprune.pruning.contract import (
     GradientStatistics,
@@ -30,7 +29,6 @@ from reprune.pruning.contract import (
     UnitPruner,
 )
 from reprune.pruning.refinement import refined
-from reprune.reconstruction.pairs import PairStatistics
 from reprune.reconstruction.technique import Technique
 from reprune.resources import StageMeter
 from reprune.seeding import generator
@@ -66,14 +64,14 @@ class BlockPruning:
         masks: dict[str, Tensor] = {}
         rows: dict[str, Any] = {}
         remaining = self.plan.layers(model, self.block)
-        gradients = self._gradients(remaining)
+        gradients, reading = self._gradients(remaining), self._reading
         with model.holding(model.blocks[self.block]):
             while remaining:
                 with self.meter.stage("statistics"):
-                    group = self._next_group(remaining)
-                    statistics = self._statistics(group)
-                    refining = self._refining_statistics(group)
-                    solving = self._solver_statistics(group, statistics)
+                    group = reading.next_group(remaining)
+                    statistics = reading.of_pruner(group)
+                    refining = reading.of_refinement(group)
+                    solving = reading.of_solver(group, statistics)
                 with self.meter.stage("pruning"):
                     layers = {
                         name: self._context(name, view, statistics.get(name), gradients(name))
@@ -90,22 +88,19 @@ class BlockPruning:
         order = [name for name in model.linears[self.block] if name in masks]
         return {name: masks[name] for name in order}, {name: rows[name] for name in order}
 
-    def _next_group(self, remaining: Views) -> dict[str, LinearView]:
-        """All layers, or those that are computed first: the ones that share the first input."""
-        if self.technique.within_block == "together" or not self._reads_inputs:
-            return dict(remaining)
-        with collecting(remaining, with_gram=False) as found:
-            self.chains.observe(self.block, self.inputs, self.texts.mask[:1], at_most=1)
-        first = next((name for name in found if name in remaining), None)
-        if first is None:
-            # None of them is called: `collect` says so.
-            return dict(remaining)
-        stage = remaining[first].stage
-        return {
-            name: view
-            for name, view in remaining.items()
-            if view.stage == stage or (name in found and found[name] is found[first])
-        }
+    @property
+    def _reading(self) -> LayerStatistics:
+        return LayerStatistics(
+            plan=self.plan,
+            technique=self.technique,
+            chains=self.chains,
+            texts=self.texts,
+            block=self.block,
+            number=self.number,
+            inputs=self.inputs,
+            dense_inputs=self.dense_inputs,
+            dense_weights=self.dense_weights,
+        )
 
     def _gradients(self, views: Views) -> Callable[[str], dict[str, GradientStatistics]]:
         """By layer the fields of LayerContext with gradients, of those that are needed."""
@@ -116,98 +111,10 @@ class BlockPruning:
         if self.plan.needs.block_gradients and views:
             with self.meter.stage("gradients"):
                 found["block_gradients"] = block_gradients(
-                    self.chains, self.block, self._read_chain, self.texts.mask, views
+                    self.chains, self.block, self._reading.read_chain, self.texts.mask, views
                 )
         device = self.chains.model.plan.device
         return lambda name: {kind: by_layer[name].to(device) for kind, by_layer in found.items()}
-
-    @property
-    def _read_chain(self) -> Boundary:
-        """What enters the block where the pruner's statistics are taken."""
-        return self.inputs if self.technique.statistics_chain == "sparse" else self.dense_inputs
-
-    @property
-    def _reads_inputs(self) -> bool:
-        return self.plan.needs.any or self._solves
-
-    @property
-    def _solves(self) -> bool:
-        """Whether this round's layers are solved: those of each round, or of the last, as the schedule says."""
-        last = self.number == len(self.plan.rounds) - 1
-        return self.technique.layerwise is not None and (last or self.plan.reconstruct == "each_round")
-
-    def _statistics(self, group: Views) -> dict[str, InputStatistics]:
-        """What the pruner reads: of the block as it is now, on the input of the chain that was asked for."""
-        needs = self.plan.pruner.needs if self._refines_apart else self.plan.needs
-        if not needs.any:
-            return {}
-        # The solver can go on with a Gram of the same tokens.
-        gram = needs.gram or (self._solver_shares_statistics and self._solver_reads_gram)
-        return collect(self.chains, self.block, self._read_chain, self._read_texts, group, gram)
-
-    def _refining_statistics(self, group: Views) -> dict[str, InputStatistics]:
-        """What the refinement reads, where that is other text than the pruner's: all of the mask data."""
-        if not self._refines_apart:
-            return {}
-        assert self.plan.refinement is not None
-        gram = self.plan.refinement.needs.gram
-        return collect(self.chains, self.block, self._read_chain, self.texts.mask, group, gram)
-
-    @property
-    def _read_texts(self) -> list[TextSet]:
-        """The mask data that the pruner's statistics are of."""
-        return self.texts.mask_without(self.plan.pruner.needs.statistics_without)
-
-    @property
-    def _refines_apart(self) -> bool:
-        plan = self.plan
-        return (
-            plan.refinement is not None
-            and plan.refinement.needs.any
-            and plan.pruner.needs.statistics_without is not None
-        )
-
-    @property
-    def _solver_reads_gram(self) -> bool:
-        return self.technique.layerwise is not None and self.technique.layerwise.reads_gram
-
-    @property
-    def _solver_shares_statistics(self) -> bool:
-        technique, solved = self.technique, self.texts.reconstruction
-        return (
-            self._solves
-            and technique.statistics_chain == technique.input_chain
-            and [text.key for text in self._read_texts] == [text.key for text in solved]
-        )
-
-    def _solver_statistics(
-        self, group: Views, statistics: Mapping[str, InputStatistics]
-    ) -> dict[str, tuple[InputStatistics, PairStatistics | None]]:
-        """Inputs of the reconstruction text by layer, and their products with the dense chain's where it is the target."""
-        technique = self.technique
-        if not self._solves:
-            return {}
-        own = dict(statistics)
-        students = self.inputs if technique.input_chain == "sparse" else self.dense_inputs
-        if not (self._solver_shares_statistics and statistics):
-            gram = self._solver_reads_gram
-            own = collect(self.chains, self.block, students, self.texts.reconstruction, group, gram)
-        layerwise = technique.layerwise
-        own_target = technique.target_chain == "sparse" or not (layerwise and layerwise.paired)
-        if own_target or technique.solves_on_dense_inputs(self.number):
-            return {name: (found, None) for name, found in own.items()}
-        leaders = {id(found): name for name, found in reversed(own.items())}
-        views = {name: group[name] for name in leaders.values()}
-        pairs = collect_pairs(
-            self.chains,
-            self.block,
-            students,
-            self.dense_inputs,
-            self.dense_weights,
-            self.texts.reconstruction,
-            views,
-        )
-        return {name: (found, pairs[leaders[id(found)]]) for name, found in own.items()}
 
     def _context(
         self,
@@ -240,7 +147,9 @@ class BlockPruning:
         shares = {name: plan.rounds[self.number][f"{self.block}.{name}"] for name in layers}
         if isinstance(plan.pattern, CoupledUnits) and plan.pruner.needs.prunes:
             assert isinstance(plan.pruner, ScorePruner | UnitPruner)
-            found = prune_units(self.chains.model, plan.pruner, plan.pattern, layers, shares, self._projected)
+            found = prune_units(
+                self.chains.model, plan.pruner, plan.pattern, layers, shares, self._reading.projected
+            )
             each = (time.perf_counter() - start) / max(1, len(found))
             for name, pruned in found.items():
                 yield name, pruned, each
@@ -253,15 +162,12 @@ class BlockPruning:
                 pruned = refined(plan.refinement, judged, pruned, plan.pattern)
             yield name, pruned, time.perf_counter() - start
 
-    def _projected(self, couplings: Sequence[Coupling]) -> dict[str, Tensor]:
-        return collect_projected(self.chains, self.block, self._read_chain, self.texts.mask, couplings)
-
     def _write(
         self,
         layer: LayerContext,
         view: LinearView,
         pruned: Pruned,
-        solving: tuple[InputStatistics, PairStatistics | None] | None,
+        solving: Solving | None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Put a pruned layer into the model, solved where the technique asks for it: its keep mask in the stored layout, its row."""
         plan, name, statistics = self.plan, layer.name, layer.statistics
