@@ -161,18 +161,21 @@ class _Recorder:
 
 
 @contextmanager
-def _standing_in(blocks: nn.ModuleList, recorder: _Recorder) -> Iterator[None]:
+def _standing_in(
+    blocks: Sequence[nn.Module] | nn.ModuleList, stand_in: Callable[[nn.Module], Any]
+) -> Iterator[None]:
+    """In the context what `stand_in` makes of each block is called instead of its forward."""
+    stand_ins = [stand_in(block) for block in blocks]
     try:
-        for block in blocks:
-            block.forward = recorder.stand_in(block)
+        for block, instead in zip(blocks, stand_ins, strict=True):
+            block.forward = instead
         yield
     finally:
         for block in blocks:
             del block.forward
 
 
-@contextmanager
-def passing_on(blocks: nn.ModuleList, states_BTH: Tensor, wraps: Wraps) -> Iterator[None]:
+def passing_on(blocks: nn.ModuleList, states_BTH: Tensor, wraps: Wraps) -> AbstractContextManager[None]:
     """In the context no block computes anything, and the last of them puts out `states_BTH`."""
 
     def stand_in(block: nn.Module) -> Any:
@@ -183,17 +186,10 @@ def passing_on(blocks: nn.ModuleList, states_BTH: Tensor, wraps: Wraps) -> Itera
 
         return put_out
 
-    try:
-        for block in blocks:
-            block.forward = stand_in(block)
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
+    return _standing_in(blocks, stand_in)
 
 
-@contextmanager
-def passing_through(blocks: Sequence[nn.Module], wraps: Wraps) -> Iterator[None]:
+def passing_through(blocks: Sequence[nn.Module], wraps: Wraps) -> AbstractContextManager[None]:
     """In the context each of `blocks` puts out the hidden states that enter it."""
 
     def stand_in(block: nn.Module) -> Any:
@@ -206,13 +202,7 @@ def passing_through(blocks: Sequence[nn.Module], wraps: Wraps) -> Iterator[None]
 
         return hand_on
 
-    try:
-        for block in blocks:
-            block.forward = stand_in(block)
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
+    return _standing_in(blocks, stand_in)
 
 
 @torch.no_grad()
@@ -227,11 +217,11 @@ def record_calls(
     """What enters block 0, and each block's own arguments, for a batch of token ids [batch, tokens].
 
     Where `positions_BT` begin anew, the documents of a row are kept apart. `wraps` is filled with what blocks return;
-    with all classes in it no block runs. `resident` has a block's weights in memory for a context. Replaying block 0's arguments for all blocks is wrong where attention types
-    alternate.
+    with all classes in it no block runs. `resident` has a block's weights in memory for a context. Replaying block 0's
+    arguments for all blocks is wrong where attention types alternate.
     """
     recorder = _Recorder(wraps, resident)
-    with _standing_in(blocks, recorder), documents_apart(blocks, positions_BT):
+    with _standing_in(blocks, recorder.stand_in), documents_apart(blocks, positions_BT):
         base(input_ids=tokens_BT, use_cache=False, **placed(base, positions_BT))
     if len(recorder.calls) != len(blocks) or recorder.first_hidden is None:
         raise RunError(
