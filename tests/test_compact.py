@@ -344,7 +344,7 @@ def test_export_is_no_part_of_what_a_run_is(tmp_path: Path) -> None:
     """Catches another run id for the same numbers, and a disk or memory that is reckoned without the smaller model."""
     without, beside = (plan_of(tmp_path, *STRUCTURED, f"export.compact={on}") for on in ("false", "true"))
     assert without.folder.path == beside.folder.path
-    assert beside.sizes.disk - without.sizes.disk == 4 * beside.shapes.num_parameters
+    assert beside.memory.disk - without.memory.disk == 4 * beside.shapes.num_parameters
 
 
 def test_half_precision_keeps_its_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

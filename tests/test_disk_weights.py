@@ -10,15 +10,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers import state_bytes
+from helpers import plan_of, run_tiny, state_bytes, timeless
 from reprune.engine.loop import BlockLoop
 from reprune.errors import ConfigError
+from reprune.memory import parse_size, plan_memory
 from reprune.model.description import load_tokenizer
 from reprune.model.device import DevicePlan
 from reprune.model.loading import LoadedModel, load_model
 from reprune.model.tiny import TinyModel
 from reprune.pruning.sparsegpt import SparseGPT
 from reprune.pruning.wanda import Wanda
+from reprune.shapes import Sizes
 from support import ARCHITECTURES, CPU, block_loop, preset, random_text, state_of
 
 EVERY = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -148,5 +150,112 @@ def test_blocks_that_share_weights_are_refused(monkeypatch: pytest.MonkeyPatch) 
         return model
 
     monkeypatch.setattr(hollow, "hollow", tying)
-    with pytest.raises(ConfigError, match="layers.0.mlp.up_proj.weight and model.layers.1"):
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.up_proj\.weight and model\.layers\.1"):
         _model("llama", True)
+
+
+RUNS = {
+    "gradients": ["pruner=gblm", "reconstruction=none"],
+    "the model's allocation": ["pruner=wanda", "allocation=owl", "reconstruction=none"],
+    "units": ["method=flap"],
+    "rounds": [
+        "schedule=iterative",
+        "pruner=wanda",
+        "reconstruction=br_gp",
+        "schedule.reconstruct=each_round",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_a_whole_run_does_not_tell_where_its_weights_rest(name: str, tmp_path: Path) -> None:
+    """Catches a result, an evaluation or an export that depends on where weights rest, and another id for the run."""
+    found = []
+    for place in ("memory", "disk"):
+        plan, result = run_tiny(tmp_path / place, *RUNS[name], f"memory.weights={place}", "export.model=true")
+        assert plan.memory.weights == place
+        del result["peak_memory_bytes"]
+        model = AutoModelForCausalLM.from_pretrained(plan.folder.path / "model", local_files_only=True)
+        found.append(
+            (plan.folder.path.name, timeless(result), state_of(model), state_bytes(plan.folder.path))
+        )
+    (one_name, one, one_model, one_state), (other_name, other, other_model, other_state) = found
+    assert one_name == other_name
+    assert one == other
+    assert one_state == other_state
+    assert all(torch.equal(tensor, other_model[name]) for name, tensor in one_model.items())
+
+
+GIB = 2**30
+SIZES = Sizes(
+    base=2 * GIB, weights=10 * GIB, weights_at_once=GIB, activations=3 * GIB, disk=5 * GIB, on_device=4 * GIB
+)
+
+
+def _asked(**asked: str) -> dict[str, Any]:
+    return {"weights": "auto", "activations": "auto", "host_limit": None, "device_limit": None, **asked}
+
+
+@pytest.mark.parametrize(
+    ("limit", "weights", "activations", "host", "disk"),
+    [
+        ("15GiB", "memory", "memory", 15, 5),
+        ("14.9GiB", "disk", "memory", 6, 5),
+        ("5.9GiB", "disk", "disk", 3, 8),
+        ("3GiB", "disk", "disk", 3, 8),
+    ],
+)
+def test_what_rests_where(limit: str, weights: str, activations: str, host: int, disk: int) -> None:
+    """Catches plans above the limit, and disk where memory has room."""
+    plan = plan_memory(_asked(host_limit=limit), SIZES, None, "cpu")
+    assert (plan.weights, plan.activations) == (weights, activations)
+    assert (plan.host, plan.disk) == (host * GIB, disk * GIB)
+
+
+def test_a_run_that_needs_its_whole_model() -> None:
+    """Catches blocks that are let go of under a method that reads all of them."""
+    plan = plan_memory(_asked(host_limit="14GiB"), SIZES, "export.compact=true", "cpu")
+    assert (plan.weights, plan.activations) == ("memory", "disk")
+    with pytest.raises(ConfigError, match=r"export\.compact=true needs the whole model"):
+        plan_memory(_asked(host_limit="11GiB"), SIZES, "export.compact=true", "cpu")
+    with pytest.raises(ConfigError, match="needs the whole model in memory"):
+        plan_memory(_asked(weights="disk"), SIZES, "export.compact=true", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "key"),
+    [
+        ({"host_limit": "2.9GiB"}, "memory.host_limit"),
+        ({"host_limit": "6"}, "memory.host_limit"),
+        ({"host_limit": "0GiB"}, "memory.host_limit"),
+        ({"weights": "tape"}, "memory.weights"),
+        ({"activations": "tape"}, "memory.activations"),
+        ({"device_limit": "8GiB"}, "memory.device_limit"),
+    ],
+)
+def test_wrong_limits_are_refused(asked: dict[str, str], key: str) -> None:
+    """Catches limits that are none, that no plan keeps, and that nothing would heed."""
+    with pytest.raises(ConfigError) as refused:
+        plan_memory(_asked(**asked), SIZES, None, "cpu")
+    assert refused.value.key == key
+
+
+def test_a_device_without_room_is_told_before_the_run() -> None:
+    """Catches a run that finds out on the device."""
+    with pytest.raises(ConfigError, match=r"about 4\.00 GiB on the device"):
+        plan_memory(_asked(device_limit="3.9GiB"), SIZES, None, "cuda")
+    assert plan_memory(_asked(device_limit="4GiB"), SIZES, None, "cuda").device_limit == 4 * GIB
+
+
+@pytest.mark.parametrize(
+    ("asked", "number"), [("6GiB", 6 * GIB), ("500 MB", 500 * 10**6), ("1.5KiB", 1536), (None, None)]
+)
+def test_amounts_of_memory(asked: str | None, number: int | None) -> None:
+    """Catches GB read as GiB."""
+    assert parse_size(asked, "memory.host_limit") == number
+
+
+def test_text_that_the_model_writes_keeps_it_in_memory(tmp_path: Path) -> None:
+    """Catches a model that is read from disk once a token."""
+    with pytest.raises(ConfigError, match="which the model writes, needs the whole model"):
+        plan_of(tmp_path, "calibration=generated", "calibration.max_new_tokens=16", "memory.weights=disk")

@@ -24,8 +24,9 @@ from reprune.engine.windows import windows_over
 from reprune.errors import ConfigError, require_nonnegative
 from reprune.evaluation.suite import SuiteEntry, check_suite, described_tokenizer
 from reprune.files import sha256_of_json
-from reprune.fit_checks import check_experts, check_new_biases, check_stop_on
+from reprune.fit_checks import check_experts, check_new_biases, check_stop_on, needs_whole_model
 from reprune.identity import canonical, schedule_identity, technique_identity, transform_identity
+from reprune.memory import MemoryPlan, plan_memory
 from reprune.model.checkpoint import ModelSource
 from reprune.model.description import load_config, load_tokenizer
 from reprune.model.device import DevicePlan, plan_device
@@ -44,7 +45,7 @@ from reprune.rounds import (
     check_units,
 )
 from reprune.run_folder import RunFolder, config_hash
-from reprune.shapes import Shapes, Sizes, check_room, existing, shapes_of, sizes_of
+from reprune.shapes import Shapes, check_room, existing, shapes_of, sizes_of
 from reprune.sparsity.allocation import ModelAllocation, SizeAllocation
 from reprune.sparsity.patterns import Pattern, Unstructured
 from reprune.sparsity.schedule import Schedule
@@ -81,7 +82,7 @@ class RunPlan:
     identity: dict[str, Any]
     seed_data: int
     seed_training: int
-    sizes: Sizes
+    memory: MemoryPlan
 
     @property
     def alike(self) -> str:
@@ -251,13 +252,16 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
     if transform.keeps_rows:
         outside = shapes.num_parameters - shapes.num_block_parameters
         sizes = replace(sizes, disk=sizes.disk + outside * torch.finfo(device.dtype).bits // 8)
+    whole = needs_whole_model(technique, transform, requests, compact=exports[1])
+    memory = plan_memory(config["memory"], sizes, whole, device.kind)
+    device = device.below(memory.device_limit)
     plan = RunPlan(
         composed, source, tokenizer, device, shapes, transform, pruner, pattern, sparsity, steps, rounds, allocation, refinement,
         schedule, technique, requests,
-        suite, tracking, folder, identity, seed_data, seed_training, sizes,
+        suite, tracking, folder, identity, seed_data, seed_training, memory,
     )  # fmt: skip
     if here and not folder.finished:
-        check_room(sizes, Path(config["output_dir"]), source.name)
+        check_room(memory.host, memory.disk, Path(config["output_dir"]), source.name)
     plan.check_texts(texts)
     return plan
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from reprune.arithmetic import guessed_seconds
 from reprune.check import RunPlan
 from reprune.identity import canonical
+from reprune.memory import MemoryPlan
 from reprune.reconstruction.technique import Technique
 from reprune.tracking.progress import CONSOLE
 from reprune.transform.contract import Untransformed
@@ -60,15 +61,24 @@ def show(plan: RunPlan) -> None:
         for name, text in entry.texts.items():
             table.add_row("evaluation", f"{entry.name} on {name}: {tuple(text.tokens_NT.shape)} tokens")
     table.add_row("device", f"{plan.device.name}, {str(plan.device.dtype).removeprefix('torch.')}")
-    stored = "files" if plan.sizes.activations_on_disk else "memory"
     table.add_row(
         "time", f"about {timedelta(seconds=round(guessed_seconds(plan)))} (h:mm:ss), by arithmetic alone"
     )
-    table.add_row("memory", f"about {plan.sizes.memory / 2**30:.2f} GiB, activations in {stored}")
-    table.add_row("disk", f"about {plan.sizes.disk / 2**30:.2f} GiB")
+    table.add_row("memory", _memory_in_words(plan.memory))
+    table.add_row("disk", f"about {plan.memory.disk / 2**30:.2f} GiB")
     table.add_row("writes", str(plan.folder.path))
     table.add_row("state", plan.folder.status().words)
     CONSOLE.print(table, highlight=False)
+
+
+def _memory_in_words(memory: MemoryPlan) -> str:
+    limit = "" if memory.host_limit is None else f" of {memory.host_limit / 2**30:.2f}"
+    places = {
+        "memory": "weights in memory",
+        "disk": "weights of blocks on disk until their turn",
+    }
+    stored = "memory" if memory.activations == "memory" else "files"
+    return f"about {memory.host / 2**30:.2f}{limit} GiB: {places[memory.weights]}, activations in {stored}"
 
 
 def _in_words(technique: Technique) -> str:

@@ -9,9 +9,10 @@ from reprune.errors import ConfigError
 from reprune.model.biases import told_of
 from reprune.model.checkpoint import ModelSource
 from reprune.model.description import skeleton
-from reprune.reconstruction.technique import Technique
+from reprune.reconstruction.technique import LANGUAGE, Technique
 from reprune.shapes import Shapes
 from reprune.sparsity.patterns import Pattern
+from reprune.transform.contract import Transform, Untransformed
 
 
 def check_experts(technique: Technique, shapes: Shapes, num_rounds: int) -> None:
@@ -30,6 +31,21 @@ def check_experts(technique: Technique, shapes: Shapes, num_rounds: int) -> None
             accepted="sparse, for least squares of experts",
             hint="reconstruction.target_chain=sparse, or targets=attention",
         )
+
+
+def needs_whole_model(
+    technique: Technique, transform: Transform, requests: Sequence[Request], *, compact: bool
+) -> str | None:
+    """What of a run cannot do with weights that are read block by block, in words; None where all can."""
+    writing = next((request.key for request in requests if request.source.needs_model), None)
+    reasons = {
+        f"reconstruction.loss={LANGUAGE}": technique.trains and technique.loss == LANGUAGE,
+        "a transform of the model": not isinstance(transform, Untransformed),
+        "export.compact=true": compact,
+        # It would read the whole model once a token.
+        f"{writing}, which the model writes,": writing is not None,
+    }
+    return next((words for words, holds in reasons.items() if holds), None)
 
 
 def check_stop_on(technique: Technique, requests: Sequence[Request]) -> None:

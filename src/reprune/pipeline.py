@@ -112,7 +112,9 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
         view = stack.enter_context(ProgressView())
         tracker = stack.enter_context(plan.tracking.start(_info(plan)))
         with meter.stage("loading"):
-            model = load_model(plan.source, plan.tokenizer, plan.device)
+            model = load_model(
+                plan.source, plan.tokenizer, plan.device, on_disk=plan.memory.weights == "disk"
+            )
             if not plan.transform.renumbers:
                 check_coupled(plan, model)
         with meter.stage("text"):
@@ -133,7 +135,7 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
             plan.device.dtype,
             plan.shapes.hidden_size,
             folder.path / "activations",
-            plan.sizes.activations_on_disk,
+            plan.memory.activations == "disk",
         )
         model = _transformed(plan, model, texts, stores, meter)
         if not folder.finished:

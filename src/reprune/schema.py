@@ -19,6 +19,16 @@ class ExportConfig:
 
 
 @dataclass
+class MemoryConfig:
+    """Where weights and activations rest, auto | memory | disk, and what a run has to stay below, e.g. 6GiB."""
+
+    weights: str = "auto"
+    activations: str = "auto"
+    host_limit: str | None = None
+    device_limit: str | None = None
+
+
+@dataclass
 class SweepConfig:
     """What a whole sweep is launched with: no part of what a run is, nor of its record."""
 
@@ -61,6 +71,7 @@ class RunConfig:
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     output_dir: str = "outputs"
     max_overlap: float = 0.0
     allow_overlap: bool = False

@@ -23,6 +23,9 @@ from reprune.reconstruction.technique import LANGUAGE, Technique
 from reprune.sparsity.allocation import Layers
 from reprune.transform.contract import Transform
 
+LIBRARIES = 700 * 2**20
+"""Bytes of host memory that Python and its libraries take."""
+
 
 @dataclass(frozen=True)
 class Shapes:
@@ -103,16 +106,19 @@ def shapes_of(source: ModelSource, targets: str, target_blocks: str, transform: 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Expected peaks of a run in bytes: host memory with activations in it, disk without them, activations alone."""
+    """What a run takes at its peak, in bytes.
 
-    memory: int
-    disk: int
+    In host memory: `base`, whatever rests where; `weights` of the whole model, or `weights_at_once` of them where
+    blocks rest on disk; `activations`, unless they are files. `disk` is without the latter; `on_device` is a window with
+    what its training takes, without a pass's activations.
+    """
+
+    base: int
+    weights: int
+    weights_at_once: int
     activations: int
-
-    @property
-    def activations_on_disk(self) -> bool:
-        """Whether activations are too large to rest in memory beside the model."""
-        return self.activations > psutil.virtual_memory().available // 2
+    disk: int
+    on_device: int
 
 
 def sizes_of(
@@ -141,26 +147,40 @@ def sizes_of(
         activations = max(activations, tokens * shapes.hidden_size * ((shapes.num_blocks + 2) * width + 8))
     weights = shapes.num_loaded * width
     block = shapes.num_block_parameters // shapes.num_blocks
+    outside = shapes.num_parameters - shapes.num_block_parameters
+    training = _training(texts, shapes, technique, needs, block * window, outside)
+    dense = block * window * width if technique.needs_dense_weights or num_rounds > 1 else 0
+    statistics = _statistics(shapes, technique)
+    # Statistics are gone when training begins.
+    base = max(training, statistics) + dense + LIBRARIES
+    if exports_compact:
+        # Read back beside the model, with a block in float32.
+        base = max(base, weights + 4 * block + LIBRARIES)
+    disk = shapes.num_block_parameters * width * 17 // 16 + 64 * 2**20
+    disk += weights * (exports_model + exports_compact)
+    disk += 8 * shapes.num_block_parameters if needs.gradients else 0
+    # A block is read beside its place; a file is mapped while it is written.
+    at_once = (outside + block * (window + 1)) * width
+    return Sizes(
+        base, weights, at_once, activations, disk, block * window * width + max(training, statistics)
+    )
+
+
+def _training(
+    texts: Texts, shapes: Shapes, technique: Technique, needs: Needs, window: int, outside: int
+) -> int:
+    """What training or gradients take beside weights in the run's dtype; `window` and `outside` are parameters."""
     # Float32 weights, gradient and two moments; the best weights so far; the anchor.
     each = 16 + 4 * (technique.stop_on is not None) + 4 * (technique.anchor > 0)
-    training = block * window * each if technique.trains else 0
+    training = window * each if technique.trains else 0
     if technique.trains and technique.loss == LANGUAGE:
-        outside = shapes.num_parameters - shapes.num_block_parameters
         logits = technique.batch_size * max(
             (text.tokens_NT.shape[1] for text in texts.reconstruction), default=0
         )
         training += 4 * outside + 8 * logits * shapes.vocabulary_size
-    dense = block * window * width if technique.needs_dense_weights or num_rounds > 1 else 0
     # A block in float32 with its gradients, their sums and their squares; files of the latter for all blocks.
-    training = max(training, block * 24 if needs.gradients or needs.block_gradients else 0)
-    memory = weights + activations + training + dense + _statistics(shapes, technique) + 700 * 2**20
-    if exports_compact:
-        # Read back beside the model, with a block in float32.
-        memory = max(memory, 2 * weights + 4 * block + 700 * 2**20)
-    disk = shapes.num_block_parameters * width * 17 // 16 + 64 * 2**20
-    disk += weights * (exports_model + exports_compact)
-    disk += 8 * shapes.num_block_parameters if needs.gradients else 0
-    return Sizes(memory, disk, activations)
+    block = shapes.num_block_parameters // shapes.num_blocks
+    return max(training, block * 24 if needs.gradients or needs.block_gradients else 0)
 
 
 def _statistics(shapes: Shapes, technique: Technique) -> int:
@@ -175,22 +195,21 @@ def _statistics(shapes: Shapes, technique: Technique) -> int:
     return 4 * (sets * (experts + 3 * largest) + 4 * largest)
 
 
-def check_room(sizes: Sizes, output_dir: Path, model: str) -> None:
-    """ConfigError for a run that memory or disk have no room for."""
+def check_room(host: int, disk: int, output_dir: Path, model: str) -> None:
+    """ConfigError for a run that host memory or disk have no room for, in bytes."""
     available = psutil.virtual_memory().available
-    elsewhere = sizes.activations if sizes.activations_on_disk else 0
-    if sizes.memory - elsewhere > available:
+    if host > available:
         raise ConfigError(
             "model",
-            f"this run needs about {(sizes.memory - elsewhere) / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free",
+            f"this run needs about {host / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free",
             value=model,
             hint="use fewer or shorter sequences, dtype=bfloat16, or a smaller model",
         )
     free = shutil.disk_usage(existing(output_dir)).free
-    if sizes.disk + elsewhere > free:
+    if disk > free:
         raise ConfigError(
             "output_dir",
-            f"this run needs about {(sizes.disk + elsewhere) / 2**30:.1f} GiB on disk, {free / 2**30:.1f} GiB are free there",
+            f"this run needs about {disk / 2**30:.1f} GiB on disk, {free / 2**30:.1f} GiB are free there",
             value=output_dir,
             hint="free space or choose another output_dir",
         )

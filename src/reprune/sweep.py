@@ -96,7 +96,7 @@ class Sweep:
             how = "by arithmetic alone" if self._guesses else "unknown"
             missing = f"{how} for {unknown} runs: no finished run of their model in output_dir"
         lines["time"] = ", ".join(filter(None, [told, missing]))
-        lines["memory"] = f"about {max(plan.sizes.memory for plan in self.to_do) / 2**30:.2f} GiB a run"
+        lines["memory"] = f"about {max(plan.memory.host for plan in self.to_do) / 2**30:.2f} GiB a run"
         lines["disk"] = f"about {self._disk / 2**30:.2f} GiB in all, {self._free / 2**30:.2f} GiB are free"
         return lines
 
@@ -116,7 +116,7 @@ class Sweep:
 
     @cached_property
     def _disk(self) -> int:
-        return sum(plan.sizes.disk for plan in self.to_do)
+        return sum(plan.memory.disk for plan in self.to_do)
 
     @property
     def _free(self) -> int:

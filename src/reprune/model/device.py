@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,16 @@ TOKENS_A_PASS = {"cpu": 2048, "cuda": 32768, "mps": 8192}
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """Where blocks compute and in what dtype; weights and activations rest in host memory."""
+    """Where blocks compute and in what dtype, and how much memory they may take there, in bytes."""
 
     device: torch.device
     dtype: torch.dtype
     num_threads: int
+    memory_limit: int | None = None
+
+    def below(self, memory_limit: int | None) -> DevicePlan:
+        """The same plan with a cap on the device's memory, in bytes; None for none."""
+        return replace(self, memory_limit=memory_limit)
 
     @property
     def kind(self) -> str:
@@ -49,6 +54,10 @@ class DevicePlan:
         if torch.get_num_threads() != self.num_threads:
             torch.set_num_threads(self.num_threads)
         torch.set_float32_matmul_precision("highest")
+        if self.kind == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            share = 1.0 if self.memory_limit is None else min(1.0, self.memory_limit / total)
+            torch.cuda.set_per_process_memory_fraction(share, self.device)
 
     def sequences_a_pass(self, length: int) -> int:
         """How many sequences of `length` tokens go through a block at once."""

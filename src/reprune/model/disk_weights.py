@@ -125,4 +125,6 @@ class DiskWeights:
                     where[name] = shard(number)
             num_bytes += (folder / shard(number)).stat().st_size
         index = {"metadata": {"total_size": num_bytes}, "weight_map": where}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n"
+        )

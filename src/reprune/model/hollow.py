@@ -72,9 +72,7 @@ class Checkpoint:
         )
         keys = self.keys[part]
         with ExitStack() as stack:
-            files = {
-                path: stack.enter_context(safe_open(path, framework="pt")) for path in {*keys.values()}
-            }
+            files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in {*keys.values()}}
             slices = {key: files[path].get_slice(key) for key, path in keys.items()}
             shown = logging.is_progress_bar_enabled()
             logging.disable_progress_bar()
@@ -149,10 +147,12 @@ def _parameters_on_meta() -> Iterator[None]:
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(
-            module, name, None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
+            module,
+            name,
+            None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False),
         )
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
@@ -197,7 +197,7 @@ def _refuse_shared(model: Any, blocks: nn.ModuleList, name: str) -> None:
 
 
 def _path(model: nn.Module, blocks: nn.ModuleList) -> str:
-    return next(name for name, module in model.named_modules() if module is blocks)
+    return str(next(name for name, module in model.named_modules() if module is blocks))
 
 
 def _missing(where: str, names: Collection[str]) -> RunError:

@@ -159,9 +159,7 @@ class LoadedModel:
         ):
             return self._placed[1]
         any_tokens = torch.zeros(shape, dtype=torch.long)
-        _, calls = record_calls(
-            self.base, self.blocks, any_tokens, positions_BT, self._wraps, self.resident
-        )
+        _, calls = record_calls(self.base, self.blocks, any_tokens, positions_BT, self._wraps, self.resident)
         if positions_BT is None:
             self._calls[batch, length] = calls
         else:
