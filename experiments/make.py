@@ -24,7 +24,7 @@ READ: dict[str, dict[str, tuple[str, ...]]] = {
     "evidence": {
         "main": ("main",),
         "longer": ("main", "longer"),
-        "around": ("main", "around"),
+        **{name: ("main", name) for name in ("sequences", "generated", "pruners", "patterns", "stopping")},
         "gemma": ("gemma",),
     },
     "methods": {name: (name,) for name in ("pruners", "allocations", "refinements", "structured")},
