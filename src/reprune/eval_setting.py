@@ -127,6 +127,7 @@ class EvaluatedRun:
         config = {**asked.config, **yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))}
         # What was exported and deleted again is not asked for anew.
         config |= {"evaluation": asked.config["evaluation"], "output_dir": str(folder.path.parent)}
+        config["memory"] = asked.config["memory"]
         config |= {"dry_run": False, "profile": False, "export": asdict(ExportConfig())}
         # Its tracker has ended with it: what is found later stands in the folder.
         config |= {"tracking": {"_target_": "reprune.tracking.jsonl.JsonlTracking"}}

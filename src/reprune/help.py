@@ -40,6 +40,8 @@ TOP_LEVEL = {
     "target_blocks": "in which blocks: all, first:N, last:N, A:B",
     "seed, seed_data, seed_training": "the run's seed; data and training can be set apart",
     "device, dtype, threads": "auto, or cpu, cuda, cuda:N, mps; float32, bfloat16, float16; a number",
+    "memory.host_limit, memory.device_limit": "what a run has to stay below, e.g. 6GiB; what does not fit rests on disk",
+    "memory.weights, memory.activations": "where they rest: auto, memory, disk",
     "output_dir": "where run folders lie (outputs)",
     "export.model, export.masks, export.compact": "true writes the pruned model, the masks, a smaller model without the units that pattern=structured removed",
     "experiment": "the W&B group",

@@ -150,7 +150,7 @@ def sizes_of(
     outside = shapes.num_parameters - shapes.num_block_parameters
     training = _training(texts, shapes, technique, needs, block * window, outside)
     dense = block * window * width if technique.needs_dense_weights or num_rounds > 1 else 0
-    statistics = _statistics(shapes, technique)
+    statistics = _statistics(shapes, technique, needs)
     # Statistics are gone when training begins.
     base = max(training, statistics) + dense + LIBRARIES
     if exports_compact:
@@ -183,16 +183,16 @@ def _training(
     return max(training, block * 24 if needs.gradients or needs.block_gradients else 0)
 
 
-def _statistics(shapes: Shapes, technique: Technique) -> int:
-    """Grams of one block and their factors, float32: of every expert, and of about three other inputs; what solves."""
+def _statistics(shapes: Shapes, technique: Technique, needs: Needs) -> int:
+    """Grams of one block's layers and their factors, float32, with what a factorisation takes; as many again for a solver."""
+    solves = technique.layerwise is not None and technique.layerwise.reads_gram
+    if not (needs.gram or solves):
+        return 0
     by_block: Counter[str] = Counter()
     for name, layer in shapes.layers.items():
-        if layer.expert:
-            by_block[name.split(".")[0]] += layer.shape[1] ** 2
-    experts = max(by_block.values(), default=0)
-    largest = max((layer.shape[1] ** 2 for layer in shapes.layers.values()), default=0)
-    sets = 4 if technique.layerwise is not None and technique.layerwise.reads_gram else 2
-    return 4 * (sets * (experts + 3 * largest) + 4 * largest)
+        by_block[name.partition(".")[0]] += layer.shape[1] ** 2
+    largest = max(layer.shape[1] ** 2 for layer in shapes.layers.values())
+    return 4 * (2 * (needs.gram + solves) * max(by_block.values()) + 3 * largest)
 
 
 def check_room(host: int, disk: int, output_dir: Path, model: str) -> None:

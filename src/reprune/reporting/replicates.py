@@ -28,6 +28,7 @@ IRRELEVANT = (
     "config/threads",
     "config/dry_run",
     "config/profile",
+    "config/memory.",
     "config/tracking.",
     "config/export.",
     "config/evaluation.",
