@@ -15,9 +15,10 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from reprune.check import RunPlan, check
+from reprune.check import check
 from reprune.compose import compose_run
 from reprune.pipeline import run
+from reprune.run_plan import RunPlan
 
 TINY = (
     "model=tiny",

@@ -26,10 +26,10 @@ from reprune.calibration.source import TextContext, TextSet
 from reprune.calibration.splits import documents_of
 from reprune.calibration.vocabulary import Vocabulary
 from reprune.calibration.windows import cut_windows
-from reprune.check import plan_device
 from reprune.compose import compose_run
 from reprune.errors import ConfigError, RunError
 from reprune.model.description import load_tokenizer
+from reprune.model.device import plan_device
 from reprune.model.loading import LoadedModel, load_model
 from reprune.model.tiny import TinyModel
 from reprune.seeding import generator

@@ -29,9 +29,9 @@ from helpers import (
     write_documents,
 )
 from reprune import files, pipeline, tensor_files
-from reprune.check import RunPlan
 from reprune.errors import RunError
 from reprune.run_folder import RunFolder
+from reprune.run_plan import RunPlan
 
 METHODS = {
     "none": ["pruner=wanda", "reconstruction=none", "reconstruction.epochs=0"],

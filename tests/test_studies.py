@@ -15,12 +15,13 @@ from transformers import AutoConfig
 from reprune.cache import cache_root
 from reprune.calibration import hub
 from reprune.calibration.hub_places import Wanted
-from reprune.check import RunPlan, check
+from reprune.check import check
 from reprune.compose import compose_run
 from reprune.config_files import config_root, options_of
 from reprune.evaluation import field_texts, zero_shot
 from reprune.evaluation.harness_tasks import Tasks
 from reprune.model.tiny import byte_tokenizer
+from reprune.run_plan import RunPlan
 
 FOLDERS = ("study/", "self_calibration/", "calibration_data/")
 READY = [name for name in options_of("experiments") if name.startswith(FOLDERS)]

@@ -16,11 +16,11 @@ from helpers import overrides_for, perplexity_on, plan_of, write_documents
 from reprune import arithmetic, job, pipeline, run
 from reprune.arithmetic import guessed_seconds
 from reprune.calibration.gather import cut_all
-from reprune.check import RunPlan
 from reprune.compose import Composed, compose_run
 from reprune.errors import ConfigError, RunError
 from reprune.rules import check_rules, left_out
 from reprune.run_folder import RunFolder
+from reprune.run_plan import RunPlan
 
 IN_PROCESS = ("sweep.own_process=false",)
 GRID = ("-m", "pruner=wanda,magnitude,random")

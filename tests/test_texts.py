@@ -29,11 +29,11 @@ from reprune.calibration.splits import SHARES, documents_of
 from reprune.calibration.tokens import Tokens
 from reprune.calibration.vocabulary import Vocabulary
 from reprune.calibration.windows import cut_windows
-from reprune.check import plan_device
 from reprune.compose import compose_run
 from reprune.errors import ConfigError
 from reprune.model.assets import TEXTS
 from reprune.model.description import load_tokenizer
+from reprune.model.device import plan_device
 from reprune.model.loading import LoadedModel, load_model
 from reprune.model.tiny import TinyModel, byte_tokenizer
 

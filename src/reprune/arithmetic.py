@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from reprune.calibration.gather import Request
-from reprune.check import RunPlan
+from reprune.run_plan import RunPlan
 
 PASSES = 5
 """Forward passes over every text: the dense chain, the pruned one for statistics, before, after and onwards."""

@@ -1,10 +1,10 @@
-"""Everything that can be checked before a weight is loaded, and the plan that comes out of it."""
+"""Everything that can be checked before a weight is loaded."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +12,21 @@ import torch
 
 from reprune import RESULTS_VERSION
 from reprune.build import build
-from reprune.calibration.corpora import CorpusSource
-from reprune.calibration.gather import Request, cut_all, requests_of
-from reprune.calibration.overlap import run_length
-from reprune.calibration.roles import Texts, check_roles
-from reprune.calibration.splits import common_runs
+from reprune.calibration.gather import cut_all, requests_of
 from reprune.calibration.windows import resolve_bos
 from reprune.compose import Composed
 from reprune.config_files import check_published
 from reprune.engine.windows import windows_over
 from reprune.errors import ConfigError, require_nonnegative
 from reprune.evaluation.suite import SuiteEntry, check_suite, described_tokenizer
-from reprune.files import sha256_of_json
 from reprune.fit_checks import check_experts, check_new_biases, check_stop_on, needs_whole_model
 from reprune.identity import canonical, schedule_identity, technique_identity, transform_identity
-from reprune.memory import MemoryPlan, plan_memory
+from reprune.memory import plan_memory
 from reprune.model.checkpoint import ModelSource
-from reprune.model.description import load_config, load_tokenizer
-from reprune.model.device import DevicePlan, plan_device
-from reprune.pruning.contract import Needs, Pruner
+from reprune.model.description import dtype_of, load_tokenizer
+from reprune.model.device import plan_device
+from reprune.pruning.contract import Pruner
 from reprune.pruning.refinement import Refinement, Unrefined, needs_of
-from reprune.reconstruction.objective import check_lengths
 from reprune.reconstruction.technique import Technique
 from reprune.rounds import (
     allocated,
@@ -45,86 +39,12 @@ from reprune.rounds import (
     check_units,
 )
 from reprune.run_folder import RunFolder, config_hash
-from reprune.shapes import Shapes, check_room, existing, shapes_of, sizes_of
+from reprune.run_plan import RunPlan
+from reprune.shapes import check_room, existing, shapes_of, sizes_of
 from reprune.sparsity.allocation import ModelAllocation, SizeAllocation
 from reprune.sparsity.patterns import Pattern, Unstructured
-from reprune.sparsity.schedule import Schedule
 from reprune.tracking.contract import Tracking
 from reprune.transform.contract import Transform, Untransformed
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """A run that was checked: every object built, every text cut that needs no model, sizes known.
-
-    `steps` are the schedule's sparsities, `rounds` what the allocation makes of them by layer: None where it reads the model.
-    """
-
-    composed: Composed
-    source: ModelSource
-    tokenizer: Any
-    device: DevicePlan
-    shapes: Shapes
-    transform: Transform
-    pruner: Pruner
-    pattern: Pattern
-    sparsity: float
-    steps: list[float]
-    rounds: list[dict[str, float]] | None
-    allocation: SizeAllocation | ModelAllocation
-    refinement: Refinement | None
-    schedule: Schedule
-    technique: Technique
-    requests: list[Request]
-    suite: list[SuiteEntry]
-    tracking: Tracking
-    folder: RunFolder
-    identity: dict[str, Any]
-    seed_data: int
-    seed_training: int
-    memory: MemoryPlan
-
-    @property
-    def alike(self) -> str:
-        """Hash of what the run is on whatever device."""
-        return sha256_of_json(
-            {name: it for name, it in self.identity.items() if name not in ("dtype", "device")}
-        )
-
-    @property
-    def needs(self) -> Needs:
-        """What the pruner and the refinement read."""
-        return needs_of(self.pruner, self.refinement)
-
-    @property
-    def num_windows(self) -> int:
-        """Windows over blocks."""
-        technique = self.technique
-        return len(windows_over(self.shapes.num_blocks, technique.window, technique.stride))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The composed config as plain data."""
-        return self.composed.config
-
-    def texts(self, model: Any) -> Texts:
-        """All texts of the run; those that the model writes need it."""
-        texts, _ = cut_all(self.requests, self.tokenizer, model, self.seed_data)
-        self.check_texts(texts)
-        return texts
-
-    def check_texts(self, texts: Texts) -> dict[str, float]:
-        """Roles and overlap; see calibration.roles."""
-        evaluation = {
-            f"{entry.name}.{name}": text for entry in self.suite for name, text in entry.texts.items()
-        }
-        # A continued text is as common as the prefixes that it begins with.
-        sources = [(getattr(it.source, "prefixes", it.source), it.key) for it in self.requests]
-        corpora = [source.corpus(key) for source, key in sources if isinstance(source, CorpusSource)]
-        common = common_runs(self.tokenizer, corpora)
-        check_lengths([text.tokens_NT.shape[1] for text in texts.reconstruction])
-        most = 1.0 if self.config["allow_overlap"] else self.config["max_overlap"]
-        return check_roles(texts, evaluation, common, run_length(self.tokenizer), most)
 
 
 def check(composed: Composed, *, here: bool = True) -> RunPlan:
@@ -274,11 +194,6 @@ def _built(config: Mapping[str, Any], group: str, where: Mapping[str, str]) -> d
 def _total(layer_sparsity: Mapping[str, float], num_weights: Mapping[str, int]) -> float:
     removed = sum(share * num_weights[name] for name, share in layer_sparsity.items())
     return removed / sum(num_weights[name] for name in layer_sparsity)
-
-
-def dtype_of(source: ModelSource) -> torch.dtype | None:
-    dtype = getattr(load_config(source), "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
 
 
 def _label(composed: Composed, source: ModelSource) -> str:

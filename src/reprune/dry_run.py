@@ -9,10 +9,10 @@ from datetime import timedelta
 from rich.table import Table
 
 from reprune.arithmetic import guessed_seconds
-from reprune.check import RunPlan
 from reprune.identity import canonical
 from reprune.memory import MemoryPlan
 from reprune.reconstruction.technique import Technique
+from reprune.run_plan import RunPlan
 from reprune.tracking.progress import CONSOLE
 from reprune.transform.contract import Untransformed
 

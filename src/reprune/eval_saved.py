@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from reprune.build import build
-from reprune.check import dtype_of
 from reprune.compose import Composed, compose_run
 from reprune.config_files import config_root
 from reprune.data_setting import built
@@ -19,7 +18,7 @@ from reprune.eval_setting import Found, check_chosen, check_overrides, found_in
 from reprune.evaluation.suite import check_suite, described_tokenizer, evaluation_file, finished
 from reprune.files import sha256_of_json
 from reprune.model.checkpoint import ModelSource
-from reprune.model.description import load_config, load_tokenizer, skeleton
+from reprune.model.description import dtype_of, load_config, load_tokenizer, skeleton
 from reprune.model.device import DevicePlan, plan_device
 from reprune.run_folder import HASH_LENGTH, RunFolder
 from reprune.tracking.progress import ProgressView

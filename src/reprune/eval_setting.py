@@ -12,7 +12,7 @@ import yaml
 
 from reprune import pipeline
 from reprune.calibration.gather import cut_all
-from reprune.check import RunPlan, check
+from reprune.check import check
 from reprune.compose import Composed, compose_run
 from reprune.engine.state import RunState
 from reprune.engine.windows import windows_over
@@ -25,6 +25,7 @@ from reprune.model.sources import LocalModel
 from reprune.resources import StageMeter
 from reprune.result import result_of
 from reprune.run_folder import RunFolder
+from reprune.run_plan import RunPlan
 from reprune.schema import ExportConfig, RunConfig
 from reprune.tracking.progress import LOG, ProgressView
 

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from reprune.calibration.roles import Texts
-from reprune.check import RunPlan
 from reprune.files import read_json
 from reprune.model.agreement import disagreement
 from reprune.model.compact import Masks, NotExpressibleError, compact
 from reprune.model.loading import LoadedModel, read_weights
+from reprune.run_plan import RunPlan
 from reprune.tensor_files import write_tensors
 
 LOG = logging.getLogger("reprune")

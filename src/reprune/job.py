@@ -21,7 +21,7 @@ from reprune.tracking.progress import LOG, configure_logging, quiet_libraries
 from reprune.waiting import PLACES
 
 if TYPE_CHECKING:
-    from reprune.check import RunPlan
+    from reprune.run_plan import RunPlan
 
 HELD_PATIENCE_S, HELD_PAUSE_S = 60.0, 1.0
 CHECKED: dict[str, RunPlan] = {}

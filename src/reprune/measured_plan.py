@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 
 from reprune.calibration.roles import Texts
-from reprune.check import RunPlan
 from reprune.engine.activations import Stores
 from reprune.engine.dense_pass import DensePass
 from reprune.engine.gradients import ModelGradients
@@ -15,6 +14,7 @@ from reprune.engine.units import couplings_of
 from reprune.model.loading import LoadedModel
 from reprune.resources import StageMeter
 from reprune.rounds import measured_rounds
+from reprune.run_plan import RunPlan
 
 
 def check_coupled(plan: RunPlan, model: LoadedModel) -> None:

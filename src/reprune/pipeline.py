@@ -19,7 +19,6 @@ from reprune.arithmetic import guessed_seconds
 from reprune.calibration.describe import describe_run
 from reprune.calibration.roles import Texts
 from reprune.calibration.tokens import POSITIONS
-from reprune.check import RunPlan
 from reprune.engine.activations import Stores
 from reprune.engine.loop import BlockLoop
 from reprune.engine.state import RunState
@@ -34,6 +33,7 @@ from reprune.records import block_metrics
 from reprune.resources import StageMeter
 from reprune.result import result_of, summary_of
 from reprune.run_folder import RunFolder, environment_of
+from reprune.run_plan import RunPlan
 from reprune.tensor_files import write_tensors
 from reprune.tracking.contract import RunInfo, Tracker
 from reprune.tracking.progress import ProgressView

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from reprune.check import RunPlan
 from reprune.evaluation.suite import metrics_of
 from reprune.files import read_json
 from reprune.records import measured_sparsity, reconstruction_metrics
 from reprune.resources import StageMeter
+from reprune.run_plan import RunPlan
 from reprune.transform.contract import RECORD, Untransformed
 
 

@@ -15,12 +15,12 @@ from rich.table import Table
 
 from reprune.arithmetic import guessed_seconds
 from reprune.attempts import counter_of
-from reprune.check import RunPlan
 from reprune.errors import ConfigError, require_positive
 from reprune.files import is_held, read_json, sha256_of_json, write_json
 from reprune.job import done_of, note_of, noted, place_of
 from reprune.pipeline import nothing_left
 from reprune.run_folder import RunFolder
+from reprune.run_plan import RunPlan
 from reprune.shapes import existing
 from reprune.tracking.progress import CONSOLE
 from reprune.waiting import under_way

@@ -26,6 +26,12 @@ def load_config(source: ModelSource) -> Any:
     return _described(source, AutoConfig, "config")
 
 
+def dtype_of(source: ModelSource) -> torch.dtype | None:
+    """The dtype that a model's config names; None where it names none."""
+    dtype = getattr(load_config(source), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+
+
 def _described(source: ModelSource, loader: Any, what: str) -> Any:
     folder = source.description()
     try:

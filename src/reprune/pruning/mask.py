@@ -17,7 +17,8 @@ from reprune.engine.state import pack, unpack
 from reprune.errors import ConfigError
 from reprune.files import read_json, write_json
 from reprune.pruning.contract import LayerContext, LayerShape, Needs, Pruned, require_finite
-from reprune.pruning.mask_files import KEY, Checkpoint, MaskSource, open_source
+from reprune.pruning.mask_files import KEY, Checkpoint, MaskSource
+from reprune.pruning.mask_places import open_source
 from reprune.sparsity.patterns import Group, Pattern, Unstructured
 from reprune.tensor_files import write_tensors
 

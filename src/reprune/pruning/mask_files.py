@@ -1,10 +1,9 @@
-"""Where masks come from: a file of masks, the folder of a run, a checkpoint that another tool pruned."""
+"""How files say which weights are kept: a file of masks, the state of a run, a checkpoint that another tool pruned."""
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from reprune.engine.state import OPEN, RunState, unpack
+from reprune.engine.state import unpack
 from reprune.errors import ConfigError
-from reprune.files import read_json
-from reprune.model.checkpoint import WeightFiles, content_identity, weight_files
+from reprune.model.checkpoint import WeightFiles, content_identity
 from reprune.pruning.contract import LayerShape
-from reprune.run_folder import RunFolder
 
 KEY = "pruner.path"
 ACCEPTED = "a safetensors file of masks, the folder of a finished run, or the folder of a pruned checkpoint"
@@ -65,7 +62,7 @@ class MaskSource(ABC):
                 hint="masks go with the model they were made for",
             )
         for name, layer in layers.items():
-            with _opened(self.tensors[names[name]], self.path) as stream:
+            with opened(self.tensors[names[name]], self.path) as stream:
                 found = stream.get_slice(names[name])
                 shape, dtype = tuple(found.get_shape()), str(found.get_dtype())
             problem = self.misfit(name, layer, shape, dtype)
@@ -74,7 +71,7 @@ class MaskSource(ABC):
 
     def read(self, tensor: str) -> Tensor:
         """A tensor by its name in the file, on the host."""
-        with _opened(self.tensors[tensor], self.path) as stream:
+        with opened(self.tensors[tensor], self.path) as stream:
             found: Tensor = stream.get_tensor(tensor)
         return found
 
@@ -144,7 +141,7 @@ class RunMasks(MaskSource):
         """Bits alone do not tell 8 × 4 from 4 × 8: the weight beside them does, or all experts' weights in one."""
         for weight, kept in ((f"weights.{name}.weight", slice(None)), (_whole(name), slice(1, None))):
             if weight in self.tensors:
-                with _opened(self.tensors[weight], self.path) as stream:
+                with opened(self.tensors[weight], self.path) as stream:
                     beside = tuple(stream.get_slice(weight).get_shape())[kept]
                 if beside != layer.stored:
                     return _other_shape(beside, layer)
@@ -203,84 +200,9 @@ class Checkpoint(MaskSource):
         return weight != 0
 
 
-def _refuse_renumbered(path: Path) -> None:
-    """ConfigError for a run in which blocks were dropped, and for the masks that it wrote."""
-    path = path.absolute()
-    for folder in (path, *(above.parent for above in (path, path.parent) if above.name == "masks")):
-        record = folder / "transform.json"
-        if record.is_file() and "dropped" in read_json(record):
-            raise ConfigError(
-                KEY, "blocks were dropped in this run, and its masks are by the numbers of those that stayed", value=path,
-                accepted=ACCEPTED, hint="evaluate or prune its exported model",
-            )  # fmt: skip
-
-
-def open_source(path: Path) -> MaskSource:
-    """Find out what lies at `path`. Raises ConfigError for what is no source of masks, unfinished or damaged."""
-    _refuse_renumbered(path)
-    if path.is_file():
-        return MaskFile(path, _table([path], path))
-    if not path.is_dir():
-        raise ConfigError(KEY, "no such file or folder", value=path, accepted=ACCEPTED)
-    is_run = any((path / name).is_file() for name in ("status.json", "result.json", f"state/{OPEN}"))
-    if is_run and not RunFolder(path).finished:
-        raise ConfigError(
-            KEY,
-            "this run has not finished",
-            value=path,
-            accepted=ACCEPTED,
-            hint="give the command that began it again: it goes on where it stopped",
-        )
-    for file in (path / "masks" / "masks.safetensors", path / "masks.safetensors"):
-        if file.is_file():
-            return MaskFile(path, _table([file], path))
-    if is_run:
-        return RunMasks(path, _table(_state_files(path), path))
-    if (path / "config.json").is_file():
-        return Checkpoint(path, _table(_weights(path), path))
-    raise ConfigError(
-        KEY, "neither masks, nor a run, nor a checkpoint lies there", value=path, accepted=ACCEPTED
-    )
-
-
-def _state_files(run: Path) -> list[Path]:
-    state = run / "state"
-    try:
-        windows = RunState(state).windows_done()
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ConfigError(KEY, f"{OPEN} of its state is damaged: {error}", value=run) from error
-    files = [state / f"frozen_{number:04d}.safetensors" for number in range(1, windows + 1)]
-    if not windows:
-        raise ConfigError(KEY, "this run has neither masks/ nor state/", value=run, accepted=ACCEPTED)
-    return [file for file in [*files, state / OPEN] if file.is_file()]
-
-
-def _weights(checkpoint: Path) -> tuple[Path, ...]:
-    try:
-        files = weight_files(checkpoint, KEY, allow_bin=True)
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ConfigError(KEY, f"the index of its weights is damaged: {error}", value=checkpoint) from error
-    if files.pickled:
-        raise ConfigError(
-            KEY,
-            f"this checkpoint has pickled weights only ({files.paths[0].name}), which can run code when they are read",
-            value=checkpoint,
-            accepted="model*.safetensors",
-            hint="save it with save_pretrained()",
-        )
-    return files.paths
-
-
-def _table(files: Sequence[Path], path: Path) -> dict[str, Path]:
-    found = {}
-    for file in files:
-        with _opened(file, path) as stream:
-            found.update(dict.fromkeys(stream.keys(), file))
-    return found
-
-
 @contextmanager
-def _opened(file: Path, path: Path) -> Iterator[Any]:
+def opened(file: Path, path: Path) -> Iterator[Any]:
+    """A safetensors file, open. ConfigError, naming the `path` that was given, where it is none or damaged."""
     try:
         with safe_open(file, framework="pt") as stream:
             yield stream
