@@ -13,8 +13,9 @@ from torch import Tensor
 from reprune.calibration.roles import Texts
 from reprune.files import read_json
 from reprune.model.agreement import disagreement
+from reprune.model.checkpoint import read_weights
 from reprune.model.compact import Masks, NotExpressibleError, compact
-from reprune.model.loading import LoadedModel, read_weights
+from reprune.model.loading import LoadedModel
 from reprune.run_plan import RunPlan
 from reprune.tensor_files import write_tensors
 

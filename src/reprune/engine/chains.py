@@ -11,6 +11,7 @@ from torch import Tensor
 from reprune.calibration.source import TextSet
 from reprune.engine.activations import Activations, Stores
 from reprune.model.loading import LoadedModel
+from reprune.model.packing import check_texts_apart
 
 Boundary = dict[str, Activations]
 """One boundary between blocks: a store for each text, by the text's key."""
@@ -30,7 +31,7 @@ class Chains:
     def _embed(self) -> Boundary:
         embedded = {}
         if any(text.positions_NT is not None for text in self.texts):
-            self.model.check_texts_apart()
+            check_texts_apart(self.model)
         for text in self.texts:
             count, length = text.tokens_NT.shape
             store = self.stores.new(count, length, text.positions_NT)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from reprune.cache import cached_folder
-from reprune.errors import ConfigError
+from reprune.errors import ConfigError, RunError
 from reprune.files import sha256_of_file, sha256_of_json
 from reprune.tensor_files import write_tensors
 
@@ -151,3 +151,28 @@ def converted_from_pickle(folder: Path, files: WeightFiles) -> Path:
         staging.rmdir()
 
     return cached_folder("models", key, convert)
+
+
+def read_weights(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The transformers model of a folder, in host memory, without gradients. RunError where weights are missing."""
+    from transformers import AutoModelForCausalLM
+
+    model, told = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    # transformers fills what is missing with random numbers.
+    wrong = sorted({*told["missing_keys"], *(key[0] for key in told["mismatched_keys"])})
+    if wrong:
+        raise RunError(
+            f"{folder}: {len(wrong)} weights are missing or have another shape than the config says "
+            f"({', '.join(wrong[:3])} …); save the model again with save_pretrained()"
+        )
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model

@@ -15,6 +15,7 @@ from reprune.model.head import (
     vocabulary_size,
 )
 from reprune.model.loading import LoadedModel
+from reprune.model.packing import check_texts_apart
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def row_losses(model: LoadedModel, tokens_NT: Tensor, positions_NT: Tensor | Non
     """
     found = []
     if positions_NT is not None:
-        model.check_texts_apart()
+        check_texts_apart(model)
     with model.holding(model.model):
         size = rows_a_pass(model, tokens_NT.shape[1])
         for start in range(0, len(tokens_NT), size):

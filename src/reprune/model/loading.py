@@ -23,8 +23,8 @@ from reprune.model.blocks import (
     record_calls,
     same_calls,
 )
-from reprune.model.checkpoint import ModelSource
-from reprune.model.description import first_line, num_blocks
+from reprune.model.checkpoint import ModelSource, read_weights
+from reprune.model.description import num_blocks
 from reprune.model.device import DevicePlan
 from reprune.model.disk_weights import DiskWeights
 from reprune.model.documents import documents_apart
@@ -34,11 +34,6 @@ from reprune.model.submodules import Submodule, find_submodules
 from reprune.model.trimming import Trimmed
 
 _TRACED_TOKENS = 4
-_ROUNDING = 64
-_NOT_APART = (
-    "does not keep documents apart that are packed into one window; "
-    "use cut=crop, or cross_documents=true on the packed text"
-)
 
 
 @dataclass
@@ -110,7 +105,7 @@ class LoadedModel:
             yield
 
     @contextmanager
-    def _in_turn(self) -> Iterator[None]:
+    def on_host(self) -> Iterator[None]:
         """Let the whole model compute in host memory, where blocks rest on disk one at a time."""
         blocks = list(self.blocks)
         with nullcontext() if self.on_disk is None else self.on_disk.in_turn(blocks, self.resident):
@@ -182,28 +177,6 @@ class LoadedModel:
     def blocks_path(self) -> str:
         """Where the list of blocks lies in the model."""
         return str(next(name for name, module in self.model.named_modules() if module is self.blocks))
-
-    @torch.no_grad()
-    def check_texts_apart(self) -> None:
-        """RunError for a model in which a text that is packed behind another one is not computed as if it were alone.
-
-        Such are models that carry a state from token to token, or count positions in a way of their own.
-        """
-        first, second = torch.zeros(1, 3, dtype=torch.long), torch.arange(1, 6).unsqueeze(0)
-        places = torch.cat([torch.arange(3), torch.arange(5)]).unsqueeze(0)
-        both = torch.cat([first, second], dim=1)
-        told = placed(self.model, places)
-        try:
-            with self._in_turn(), documents_apart(self.blocks, places):
-                packed = self.model(input_ids=both, use_cache=False, **told).logits[:, len(first[0]) :]
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-            raise RunError(f"{self.name} {_NOT_APART} ({first_line(error)})") from error
-        with self._in_turn():
-            alone = self.model(input_ids=second, use_cache=False).logits
-        if float((packed - alone).abs().max()) > _ROUNDING * torch.finfo(alone.dtype).eps * float(
-            alone.abs().max()
-        ):
-            raise RunError(f"{self.name} {_NOT_APART}")
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
@@ -279,28 +252,3 @@ def load_model(
     model = read_weights(source.folder(), plan.dtype, source.trust_remote_code)
     blocks = find_blocks(model, num_blocks(model.config), source.blocks_path)
     return LoadedModel(source.name, model, tokenizer, blocks, plan, source.identity())
-
-
-def read_weights(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The transformers model of a folder, in host memory, without gradients. RunError where weights are missing."""
-    from transformers import AutoModelForCausalLM
-
-    model, told = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-    )
-    # transformers fills what is missing with random numbers.
-    wrong = sorted({*told["missing_keys"], *(key[0] for key in told["mismatched_keys"])})
-    if wrong:
-        raise RunError(
-            f"{folder}: {len(wrong)} weights are missing or have another shape than the config says "
-            f"({', '.join(wrong[:3])} …); save the model again with save_pretrained()"
-        )
-    model.eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model
