@@ -31,6 +31,7 @@ from reprune.model.description import load_config, load_tokenizer
 from reprune.model.device import DevicePlan, plan_device
 from reprune.pruning.contract import Needs, Pruner
 from reprune.pruning.refinement import Refinement, Unrefined, needs_of
+from reprune.ranks import ALONE, Ranks
 from reprune.reconstruction.objective import check_lengths
 from reprune.reconstruction.technique import Technique
 from reprune.rounds import (
@@ -126,8 +127,8 @@ class RunPlan:
         return check_roles(texts, evaluation, common, run_length(self.tokenizer), most)
 
 
-def check(composed: Composed, *, here: bool = True) -> RunPlan:
-    """Build and check one run. Raises ConfigError for whatever is wrong, cheap checks first.
+def check(composed: Composed, *, here: bool = True, ranks: Ranks = ALONE) -> RunPlan:
+    """Build and check one run, which `ranks` will do. Raises ConfigError for whatever is wrong, cheap checks first.
 
     Where it is not done `here`, nothing is asked of this machine's devices and memory.
     """
@@ -166,7 +167,9 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
             accepted="0 (none, the default) to 1",
         )  # fmt: skip
     _check_writable(Path(config["output_dir"]))
-    device = plan_device(config["device"], config["dtype"], dtype_of(source), config["threads"], here=here)
+    device = plan_device(
+        config["device"], config["dtype"], dtype_of(source), config["threads"], here=here, ranks=ranks
+    )
     tokenizer = load_tokenizer(source)
     shapes = shapes_of(source, config["targets"], config["target_blocks"], transform)
     windows_over(shapes.num_blocks, technique.window, technique.stride)
@@ -251,12 +254,13 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
     if transform.keeps_rows:
         outside = shapes.num_parameters - shapes.num_block_parameters
         sizes = replace(sizes, disk=sizes.disk + outside * torch.finfo(device.dtype).bits // 8)
+    sizes = sizes.of_processes(ranks.count)
     plan = RunPlan(
         composed, source, tokenizer, device, shapes, transform, pruner, pattern, sparsity, steps, rounds, allocation, refinement,
         schedule, technique, requests,
         suite, tracking, folder, identity, seed_data, seed_training, sizes,
     )  # fmt: skip
-    if here and not folder.finished:
+    if here and ranks.first and not folder.finished:
         check_room(sizes, Path(config["output_dir"]), source.name)
     plan.check_texts(texts)
     return plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -103,16 +103,27 @@ def shapes_of(source: ModelSource, targets: str, target_blocks: str, transform: 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Expected peaks of a run in bytes: host memory with activations in it, disk without them, activations alone."""
+    """Expected peaks of a run in bytes: host memory with activations in it, disk without them, activations alone.
+
+    `shared` says that several processes work on it, whose memory is added up.
+    """
 
     memory: int
     disk: int
     activations: int
+    shared: bool = False
+
+    def of_processes(self, count: int) -> Sizes:
+        """Of a run by that many processes, which share the activations and nothing else."""
+        if count == 1:
+            return self
+        memory = (self.memory - self.activations) * count + self.activations
+        return replace(self, memory=memory, shared=True)
 
     @property
     def activations_on_disk(self) -> bool:
-        """Whether activations are too large to rest in memory beside the model."""
-        return self.activations > psutil.virtual_memory().available // 2
+        """Whether activations are too large to rest in memory beside the model, or read by several processes."""
+        return self.shared or self.activations > psutil.virtual_memory().available // 2
 
 
 def sizes_of(
