@@ -157,10 +157,9 @@ def _leading() -> Iterator[Store]:
 
 def _told_to_end(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise RunError(
-        "told to end (SIGTERM), as torchrun does when another process of the run died; "
-        "the same command goes on from the last finished window"
-    )
+    # Not by print, which may be what was interrupted.
+    os.write(2, b"\ntold to end (SIGTERM), as torchrun does when another process of the run died\n")
+    raise KeyboardInterrupt
 
 
 @contextmanager
