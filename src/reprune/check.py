@@ -27,6 +27,7 @@ from reprune.model.description import dtype_of, load_tokenizer
 from reprune.model.device import plan_device
 from reprune.pruning.contract import Pruner
 from reprune.pruning.refinement import Refinement, Unrefined, needs_of
+from reprune.ranks import ALONE, Ranks
 from reprune.reconstruction.technique import Technique
 from reprune.rounds import (
     allocated,
@@ -47,8 +48,8 @@ from reprune.tracking.contract import Tracking
 from reprune.transform.contract import Transform, Untransformed
 
 
-def check(composed: Composed, *, here: bool = True) -> RunPlan:
-    """Build and check one run. Raises ConfigError for whatever is wrong, cheap checks first.
+def check(composed: Composed, *, here: bool = True, ranks: Ranks = ALONE) -> RunPlan:
+    """Build and check one run, which `ranks` will do. Raises ConfigError for whatever is wrong, cheap checks first.
 
     Where it is not done `here`, nothing is asked of this machine's devices and memory.
     """
@@ -87,7 +88,9 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
             accepted="0 (none, the default) to 1",
         )  # fmt: skip
     _check_writable(Path(config["output_dir"]))
-    device = plan_device(config["device"], config["dtype"], dtype_of(source), config["threads"], here=here)
+    device = plan_device(
+        config["device"], config["dtype"], dtype_of(source), config["threads"], here=here, ranks=ranks
+    )
     tokenizer = load_tokenizer(source)
     shapes = shapes_of(source, config["targets"], config["target_blocks"], transform)
     windows_over(shapes.num_blocks, technique.window, technique.stride)
@@ -173,14 +176,15 @@ def check(composed: Composed, *, here: bool = True) -> RunPlan:
         outside = shapes.num_parameters - shapes.num_block_parameters
         sizes = replace(sizes, disk=sizes.disk + outside * torch.finfo(device.dtype).bits // 8)
     whole = needs_whole_model(technique, transform, requests, compact=exports[1])
-    memory = plan_memory(config["memory"], sizes, whole, device.kind)
+    sizes = sizes.of_processes(ranks.count)
+    memory = plan_memory(config["memory"], sizes, whole, device.kind, shared=ranks.several)
     device = device.below(memory.device_limit)
     plan = RunPlan(
         composed, source, tokenizer, device, shapes, transform, pruner, pattern, sparsity, steps, rounds, allocation, refinement,
         schedule, technique, requests,
         suite, tracking, folder, identity, seed_data, seed_training, memory,
     )  # fmt: skip
-    if here and not folder.finished:
+    if here and ranks.first and not folder.finished:
         check_room(memory.host, memory.disk, Path(config["output_dir"]), source.name)
     plan.check_texts(texts)
     return plan

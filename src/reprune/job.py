@@ -43,7 +43,7 @@ def job(config: DictConfig) -> dict[str, Any] | None:
         if plan.config["dry_run"]:
             dry_run.show(plan)
             return None
-        return _run(plan)
+        return do(plan)
     if Path(settings.runtime.cwd).is_dir():
         # A worker of a cluster was started elsewhere; relative paths are those of the command.
         os.chdir(settings.runtime.cwd)
@@ -72,7 +72,7 @@ def run_and_note(composed: Composed) -> None:
             dry_run.show(plan)
             return
         write_json(place_of(composed), {"run": plan.folder.id, "alike": plan.alike})
-        _run(plan, HELD_PATIENCE_S)
+        do(plan, HELD_PATIENCE_S)
     except HeldError as error:
         # A twin does it; whether all was done that this point asks for is looked at in the end.
         LOG.info("left    %s", error)
@@ -110,8 +110,8 @@ def _checked(composed: Composed) -> RunPlan:
     return CHECKED.pop(composed.key, None) or check(composed)
 
 
-def _run(plan: RunPlan, patience_s: float = 0.0) -> dict[str, Any]:
-    """Who holds the folder may be a process that is dying, or a point that only evaluates differently: wait a little."""
+def do(plan: RunPlan, patience_s: float = 0.0) -> dict[str, Any]:
+    """Do a run; its result. Who holds the folder may be a process that is dying, or a point that only evaluates differently: wait a little."""
     from reprune.pipeline import run
 
     LOG.info("run     %s", plan.folder.path)

@@ -32,11 +32,13 @@ class MemoryPlan:
     device_limit: int | None
 
 
-def plan_memory(asked: Mapping[str, Any], sizes: Sizes, bound: str | None, device: str) -> MemoryPlan:
+def plan_memory(
+    asked: Mapping[str, Any], sizes: Sizes, bound: str | None, device: str, *, shared: bool = False
+) -> MemoryPlan:
     """The first of: all in memory, weights on disk, activations on disk, both, that stays below the limit.
 
     The limit is `memory.host_limit`, else what is free now. `bound` says why blocks cannot be read one at a time, None
-    where they can. Raises ConfigError for a limit or place that is none, and where the limit that was asked for is too
+    where they can; `shared` activations are files that several processes have mapped. Raises ConfigError for a limit or place that is none, and where the limit that was asked for is too
     low; whether there is room where none was asked for is for `check_room` to say.
     """
     host_limit = parse_size(asked["host_limit"], "memory.host_limit")
@@ -49,6 +51,8 @@ def plan_memory(asked: Mapping[str, Any], sizes: Sizes, bound: str | None, devic
             )
     if asked["weights"] == "disk" and bound is not None:
         raise ConfigError("memory.weights", f"{bound} needs the whole model in memory", value="disk", accepted=["auto", "memory"])  # fmt: skip
+    if shared and asked["activations"] == "memory":
+        raise ConfigError("memory.activations", "processes that share a run share its activations, which are files then", value="memory", accepted=["auto", "disk"])  # fmt: skip
     limit = psutil.virtual_memory().available if host_limit is None else host_limit
     plans = [
         MemoryPlan(weights, activations, *_room(sizes, weights, activations), host_limit, device_limit)
@@ -56,6 +60,7 @@ def plan_memory(asked: Mapping[str, Any], sizes: Sizes, bound: str | None, devic
         if asked["weights"] in ("auto", weights)
         and asked["activations"] in ("auto", activations)
         and not (weights == "disk" and bound is not None)
+        and not (activations == "memory" and shared)
     ]
     for plan in plans:
         # Activations that fill most of the room are slow in memory too.

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from reprune.files import read_json, write_json
 from reprune.measured_plan import check_coupled, pruning_plan
 from reprune.model.loading import LoadedModel, load_model
 from reprune.profile import TRACE, show, traced
+from reprune.ranks import ALONE, Ranks
 from reprune.records import block_metrics
 from reprune.resources import StageMeter
 from reprune.result import result_of, summary_of
@@ -41,6 +43,7 @@ from reprune.transform.contract import Surroundings, Untransformed
 
 LOG = logging.getLogger("reprune")
 OnCommit = Callable[[int], None]
+Committed = Callable[[int, list[dict[str, Any]], list[dict[str, Any]]], None]
 
 
 def run(plan: RunPlan, after_commit: OnCommit = lambda windows: None) -> dict[str, Any]:
@@ -51,6 +54,7 @@ def run(plan: RunPlan, after_commit: OnCommit = lambda windows: None) -> dict[st
     folder = plan.folder
     plan.device.settle()
     with folder.locked():
+        plan = led(plan)
         if complete(plan):
             LOG.info("%s is finished: nothing to do", folder.path)
             result: dict[str, Any] = read_json(folder.path / "result.json")
@@ -87,9 +91,9 @@ def run(plan: RunPlan, after_commit: OnCommit = lambda windows: None) -> dict[st
             _mark_end(folder, "failed", error=str(error))
             raise
         except (OSError, SafetensorError, torch.OutOfMemoryError) as error:
-            explained = _explained(error, plan)
-            _mark_end(folder, "failed", error=str(explained))
-            raise explained from error
+            told = explained(error, plan)
+            _mark_end(folder, "failed", error=str(told))
+            raise told from error
         except Exception as error:
             _mark_end(folder, "failed", error=f"{type(error).__name__}: {error}")
             raise
@@ -119,6 +123,8 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
                 check_coupled(plan, model)
         with meter.stage("text"):
             texts = plan.texts(model)
+            plan.device.ranks.wait()
+            check_alike(texts, plan.device.ranks)
             overlap = plan.check_texts(texts)
             going_on = RunState(folder.state).windows_done() > 0
             keep_texts(folder.path / "calibration.safetensors", texts, going_on)
@@ -131,19 +137,14 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
                 entry.name: dense_result(model, entry, dense_scratch(folder.path, entry), view.evaluation)
                 for entry in plan.suite
             }
-        stores = Stores(
-            plan.device.dtype,
-            plan.shapes.hidden_size,
-            folder.path / "activations",
-            plan.memory.activations == "disk",
-        )
-        model = _transformed(plan, model, texts, stores, meter)
+        stores = stores_of(plan)
+        model = transformed(plan, model, texts, stores, meter)
         if not folder.finished:
             windows = RunState(folder.state).windows_done()
             folder.mark(
                 "running", block=len(folder.blocks()), windows_done=windows, blocks_begun_s=time.time()
             )
-        loop = _block_loop(plan, model, texts, stores, meter, view, tracker, after_commit)
+        loop = block_loop(plan, model, texts, stores, meter, view, _committing(folder, tracker, after_commit))
         rows, masks = loop.run()
         if loop.pruning.gradients is not None:
             loop.pruning.gradients.forget()
@@ -167,7 +168,26 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
     return result
 
 
-def _transformed(
+def led(plan: RunPlan) -> RunPlan:
+    """Tell the other processes whether there are blocks to prune; the plan, and that of this process alone where not."""
+    windows = RunState(plan.folder.state).windows_done()
+    if plan.device.ranks.tell(not plan.folder.finished and windows < plan.num_windows):
+        return plan
+    return replace(plan, device=replace(plan.device, ranks=ALONE))
+
+
+def stores_of(plan: RunPlan) -> Stores:
+    """Where the run's activations rest."""
+    return Stores(
+        plan.device.dtype,
+        plan.shapes.hidden_size,
+        plan.folder.path / "activations",
+        plan.memory.activations == "disk",
+        plan.device.ranks,
+    )
+
+
+def transformed(
     plan: RunPlan, model: LoadedModel, texts: Texts, stores: Stores, meter: StageMeter
 ) -> LoadedModel:
     """What is dense from here on; the one that is given is used up."""
@@ -182,20 +202,8 @@ def _transformed(
     return model
 
 
-def _block_loop(
-    plan: RunPlan,
-    model: LoadedModel,
-    texts: Texts,
-    stores: Stores,
-    meter: StageMeter,
-    view: ProgressView,
-    tracker: Tracker,
-    after_commit: OnCommit,
-) -> BlockLoop:
-    folder = plan.folder
-    state = RunState(folder.state)
-    if state.windows_done() and not folder.finished:
-        LOG.info("going on after %d finished windows in %s", state.windows_done(), folder.path)
+def _committing(folder: RunFolder, tracker: Tracker, after_commit: OnCommit) -> Committed:
+    """What is written and told when a window is finished."""
 
     def committed(windows: int, rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
         folder.write_blocks(rows)
@@ -204,6 +212,24 @@ def _block_loop(
             tracker.log(block_metrics(row), step={"block/index": row["block"]})
         after_commit(windows)
 
+    return committed
+
+
+def block_loop(
+    plan: RunPlan,
+    model: LoadedModel,
+    texts: Texts,
+    stores: Stores,
+    meter: StageMeter,
+    view: ProgressView,
+    committed: Committed,
+) -> BlockLoop:
+    """The loop over the model's blocks, which is `committed` window by window."""
+    folder = plan.folder
+    state = RunState(folder.state)
+    if state.windows_done() and not folder.finished:
+        LOG.info("going on after %d finished windows in %s", state.windows_done(), folder.path)
+    traces = plan.config["profile"] and plan.device.ranks.first
     return BlockLoop(
         model=model,
         texts=texts,
@@ -215,8 +241,17 @@ def _block_loop(
         listener=view,
         seed_training=plan.seed_training,
         after_commit=committed,
-        tracing=partial(traced, folder.path / TRACE) if plan.config["profile"] else nullcontext,
+        tracing=partial(traced, folder.path / TRACE) if traces else nullcontext,
     )
+
+
+def check_alike(texts: Texts, ranks: Ranks) -> None:
+    """RunError unless the other processes, which read theirs once the first has its own, have the same texts."""
+    mine = [text.key for text in texts.all]
+    if any(theirs != mine for theirs in ranks.gathered(mine)):
+        raise RunError(
+            "the processes of this run read different texts: one of their sources changes while it is read"
+        )
 
 
 def complete(plan: RunPlan) -> bool:
@@ -264,7 +299,8 @@ def keep_texts(path: Path, texts: Texts, going_on: bool) -> None:
         )
 
 
-def _explained(error: Exception, plan: RunPlan) -> RunError:
+def explained(error: Exception, plan: RunPlan) -> RunError:
+    """What a person reads of a full disk, of a full device, of what cannot be read or written."""
     if isinstance(error, torch.OutOfMemoryError):
         place = f"block {len(plan.folder.blocks())}"
         return RunError(

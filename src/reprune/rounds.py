@@ -57,11 +57,13 @@ def measured_rounds(
     They are kept in the file `kept`, so that a run that goes on has the same.
     """
     assert isinstance(allocation, ModelAllocation)
-    if not kept.is_file():
+    ranks = view.model.plan.ranks
+    if not ranks.tell(kept.is_file()):
         num_weights = view.layers.num_weights
         shares = [view.pattern.settle(found, num_weights) for found in allocation.allocate_for(view, steps)]
-        write_json(kept, {"rounds": shares})
-    found: list[dict[str, float]] = read_json(kept)["rounds"]
+        if ranks.first:
+            write_json(kept, {"rounds": shares})
+    found: list[dict[str, float]] = ranks.tell(read_json(kept)["rounds"] if ranks.first else None)
     return found
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import hydra
 
-from reprune import dry_run, help
+from reprune import dry_run, help, together
 from reprune.compose import command_of, compose_run, prepare
 from reprune.exit_codes import FAILED, exit_codes
 from reprune.job import CHECKED, job
@@ -30,6 +30,9 @@ HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "--sh
 def main() -> None:
     """Compose and check every job of the command line first; only then enter Hydra."""
     arguments = sys.argv[1:]
+    if together.several():
+        together.main(arguments)
+        return
     if {"--help", "-h"} & set(arguments):
         help.show()
         return

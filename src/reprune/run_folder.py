@@ -164,6 +164,7 @@ def environment_of(plan: DevicePlan) -> dict[str, Any]:
         "visible_devices": plan.visible,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "threads": plan.num_threads,
+        "processes": plan.ranks.count,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -119,6 +119,12 @@ class Sizes:
     activations: int
     disk: int
     on_device: int
+
+    def of_processes(self, count: int) -> Sizes:
+        """Of a run by that many processes of one machine, which share the activations and nothing else in memory."""
+        each = self.base, self.weights, self.weights_at_once
+        base, weights, at_once = (count * part for part in each)
+        return replace(self, base=base, weights=weights, weights_at_once=at_once)
 
 
 def sizes_of(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reprune.errors import RunError
 from reprune.model.device import DevicePlan
+from reprune.ranks import ALONE, LeftAloneError, Ranks
 
 
 class Activations:
@@ -27,6 +28,7 @@ class Activations:
         dtype: torch.dtype,
         file: Path | None,
         positions_NT: Tensor | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._file = file
         self.positions_NT = positions_NT
@@ -34,7 +36,9 @@ class Activations:
             self.states_NTH = torch.empty(shape, dtype=dtype)
         else:
             size = shape[0] * shape[1] * shape[2]
-            _reserve(file, size * torch.finfo(dtype).bits // 8)
+            if ranks.first:
+                _reserve(file, size * torch.finfo(dtype).bits // 8)
+            ranks.wait()
             self.states_NTH = torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
 
     def __len__(self) -> int:
@@ -45,10 +49,11 @@ class Activations:
         """Tokens a sequence."""
         return int(self.states_NTH.shape[1])
 
-    def batches(self, size: int) -> Iterator[slice]:
-        """Consecutive slices of at most `size` sequences."""
-        for start in range(0, len(self), size):
-            yield slice(start, min(start + size, len(self)))
+    def batches(self, size: int, within: range | None = None) -> Iterator[slice]:
+        """Consecutive slices of at most `size` sequences: of all of them, or of those in `within`."""
+        within = range(len(self)) if within is None else within
+        for start in range(within.start, within.stop, size):
+            yield slice(start, min(start + size, within.stop))
 
     def positions(self, where: slice) -> Tensor | None:
         """The positions of some sequences, on the host."""
@@ -78,12 +83,16 @@ def _reserve(file: Path, num_bytes: int) -> None:
 
 @dataclass
 class Stores:
-    """Makes stores: in host memory, or in files below `folder` when the plan found them too large for it."""
+    """Makes stores: in host memory, or in files below `folder` when the plan found them too large for it.
+
+    Several processes share them, as files that all have mapped: what one writes, all read once they waited for it.
+    """
 
     dtype: torch.dtype
     hidden_size: int
     folder: Path
     on_disk: bool
+    ranks: Ranks = ALONE
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def new(
@@ -98,27 +107,32 @@ class Stores:
         dtype = dtype or self.dtype
         shape = (num_sequences, length, self.hidden_size)
         if not self.on_disk:
+            assert not self.ranks.several
             return Activations(shape, dtype, None, positions_NT)
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{next(self._numbers)}.activations"
         try:
-            return Activations(shape, dtype, file, positions_NT)
+            return Activations(shape, dtype, file, positions_NT, self.ranks)
+        except LeftAloneError:
+            raise
         except (OSError, RuntimeError) as error:
             raise RunError(
                 f"activations cannot be stored in {self.folder}: {error}; free disk space"
             ) from error
 
 
-def compare(dense: Activations, pruned: Activations) -> dict[str, float]:
+def compare(dense: Activations, pruned: Activations, ranks: Ranks = ALONE) -> dict[str, float]:
     """The paper's errᵢ and its relative twin between two stores of one boundary.
 
     `error` = ‖dense − pruned‖² / (N·T·H) (arXiv 2406.15524, §3); `relative` = mean over tokens of ‖e_t‖²/‖h_t‖², which
-    tokens with massive activations cannot dominate. Summed in float64, a sequence at a time.
+    tokens with massive activations cannot dominate. Summed in float64, a sequence at a time, by each process its share.
     """
     squares, relative, tokens = 0.0, 0.0, 0
-    for target, student in zip(dense.states_NTH, pruned.states_NTH, strict=True):
+    for row in ranks.share(len(dense)):
+        target, student = dense.states_NTH[row], pruned.states_NTH[row]
         difference = (target.double() - student.double()).square().sum(dim=-1)
         squares += float(difference.sum())
         relative += float((difference / target.double().square().sum(dim=-1)).sum())
         tokens += len(target)
+    squares, relative, tokens = map(sum, zip(*ranks.gathered([squares, relative, tokens]), strict=True))
     return {"error": squares / (tokens * dense.states_NTH.shape[-1]), "relative": relative / tokens}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -12,6 +12,7 @@ from reprune.calibration.source import TextSet
 from reprune.engine.activations import Activations, Stores
 from reprune.model.loading import LoadedModel
 from reprune.model.packing import check_texts_apart
+from reprune.ranks import Ranks
 
 Boundary = dict[str, Activations]
 """One boundary between blocks: a store for each text, by the text's key."""
@@ -28,6 +29,15 @@ class Chains:
         self.dense: dict[int, Boundary] = {0: embedded}
         self.pruned: Boundary = embedded
 
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the work: each computes a part of every text's sequences."""
+        return self.model.plan.ranks
+
+    def batches(self, store: Activations) -> Iterator[slice]:
+        """This process's sequences, as many at once as go through a block."""
+        return store.batches(self.model.plan.sequences_a_pass(store.length), self.ranks.share(len(store)))
+
     def _embed(self) -> Boundary:
         embedded = {}
         if any(text.positions_NT is not None for text in self.texts):
@@ -35,9 +45,10 @@ class Chains:
         for text in self.texts:
             count, length = text.tokens_NT.shape
             store = self.stores.new(count, length, text.positions_NT)
-            for where in store.batches(self.model.plan.sequences_a_pass(store.length)):
+            for where in self.batches(store):
                 store.write(where, self.model.embed(text.tokens_NT[where], store.positions(where)))
             embedded[text.key] = store
+        self.ranks.wait()
         return embedded
 
     @torch.no_grad()
@@ -62,24 +73,29 @@ class Chains:
             for text in self.texts if only is None else only:
                 source = inputs[text.key]
                 store = self.stores.new(len(source), source.length, source.positions_NT)
-                for where in source.batches(plan.sequences_a_pass(source.length)):
+                for where in self.batches(source):
                     hidden = source.read(where, plan)
                     call = model.call(block, len(hidden), source.length, source.positions(where))
                     store.write(
                         where, call.run(model.blocks[block], hidden, weights=standing_in, until=until)
                     )
                 outputs[text.key] = store
+        self.ranks.wait()
         return outputs
 
     @torch.no_grad()
     def observe(
         self, block: int, inputs: Boundary, only: Sequence[TextSet], at_most: int | None = None
     ) -> None:
-        """Run a block for the sake of its hooks, on all or `at_most` batches a text; the outputs are not kept."""
+        """Run a block for the sake of its hooks, on all batches of a text or `at_most` so many; the outputs are not kept.
+
+        Each process runs its share of all batches; with `at_most` every one runs the same.
+        """
         model, plan = self.model, self.model.plan
         for text in only:
             source = inputs[text.key]
-            for where in islice(source.batches(plan.sequences_a_pass(source.length)), at_most):
+            every = source.batches(plan.sequences_a_pass(source.length))
+            for where in self.batches(source) if at_most is None else islice(every, at_most):
                 hidden = source.read(where, plan)
                 call = model.call(block, len(hidden), source.length, source.positions(where))
                 call.run(model.blocks[block], hidden)

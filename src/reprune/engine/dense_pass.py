@@ -120,7 +120,12 @@ class _Visited:
             view.of(whole).copy_(view.orient(weight))
         outputs = self.chains.through(self.index, self.chains.dense[self.index], texts, weights=replaced)
         found = [
-            (compare(self.chains.dense[self.index + 1][text.key], outputs[text.key]), text.tokens_NT.numel())
+            (
+                compare(
+                    self.chains.dense[self.index + 1][text.key], outputs[text.key], self.view.model.plan.ranks
+                ),
+                text.tokens_NT.numel(),
+            )
             for text in texts
         ]
         error = sum(errors["relative"] * count for errors, count in found) / sum(count for _, count in found)

@@ -54,9 +54,12 @@ class Fit:
         name = "" if self.submodule is None else self.submodule.name
         order = generator(self.seed, "reconstruction", *self.purpose, *([name] if name else []))
         with in_float32(model, modules):
+            trained, ranks = self._trained(), self.chains.ranks
             course = train(
-                objective, validation, self._trained(), technique, order, self.on_step, self._place()
+                objective, validation, trained, technique, order, self.on_step, self._place(), ranks
             )
+            # Steps are the same everywhere but for the last bits of what computed them.
+            ranks.same_(parameter for block in trained for parameter in block.parameters.values())
         told = {"submodule": name} if name else {}
         return {**told, **course.told(), "seconds": round(time.perf_counter() - start, 3)}
 

@@ -15,6 +15,7 @@ from reprune.calibration.source import TextSet
 from reprune.engine.activations import Activations, Stores
 from reprune.engine.chains import Boundary, Chains
 from reprune.files import write_json
+from reprune.model.device import DevicePlan
 from reprune.model.linears import LinearView
 from reprune.model.loading import LoadedModel
 from reprune.pruning.contract import GradientStatistics
@@ -69,10 +70,12 @@ class ModelGradients:
         first = next(block for block, wanted in enumerate(layers) if wanted)
         for block in reversed(range(first, len(model.blocks))):
             sums, behind = _through_block(chains, block, texts, layers[block], behind, stores)
-            if sums:
+            if sums and model.plan.ranks.first:
                 self._write(block, sums)
             del chains.dense[block + 1]
-        write_json(self.folder / DONE, {"blocks": len(model.blocks)})
+        if model.plan.ranks.first:
+            write_json(self.folder / DONE, {"blocks": len(model.blocks)})
+        model.plan.ranks.wait()
 
     def _write(self, block: int, found: Mapping[str, GradientStatistics]) -> None:
         tensors = {}
@@ -87,7 +90,7 @@ def block_gradients(
     chains: Chains, block: int, inputs: Boundary, texts: Sequence[TextSet], layers: Layers
 ) -> dict[str, GradientStatistics]:
     """Gradients of ‖f(x)‖₂ of each sequence, f the block as it is now, by the weights of some of its layers."""
-    sums = _Sums()
+    sums = _Sums(layers, chains.model.plan)
     for sample in _samples(chains.model, block, inputs, texts, layers):
         sums.add(sample.weight_gradients(sample.outputs.norm()))
     return sums.means()
@@ -102,7 +105,7 @@ def _behind_last_block(
         for text in texts:
             source = last[text.key]
             found[text.key] = _float32_like(source, stores)
-            for row in range(len(source)):
+            for row in model.plan.ranks.share(len(source)):
                 where = slice(row, row + 1)
                 states = source.read(where, model.plan).requires_grad_(True)
                 tokens = text.tokens_NT[where].to(model.plan.device)
@@ -110,6 +113,7 @@ def _behind_last_block(
                 loss = next_token_loss(model.logits_behind_blocks(tokens, states, places), tokens, places)
                 (gradient,) = torch.autograd.grad(loss, [states])
                 found[text.key].write(where, gradient)
+    model.plan.ranks.wait()
     return found
 
 
@@ -122,13 +126,14 @@ def _through_block(
     stores: Stores,
 ) -> tuple[dict[str, GradientStatistics], Boundary]:
     """Of a block's weights, and the loss's gradient by what enters the block."""
-    sums = _Sums()
+    sums = _Sums(layers, chains.model.plan)
     before = {text.key: _float32_like(chains.dense[block][text.key], stores) for text in texts}
     for sample in _samples(chains.model, block, chains.dense[block], texts, layers):
         arriving = behind[sample.key].read(sample.where, chains.model.plan)
         weights, entering = sample.gradients(arriving)
         sums.add(weights)
         before[sample.key].write(sample.where, entering)
+    chains.ranks.wait()
     return sums.means(), before
 
 
@@ -176,14 +181,14 @@ class _Sample:
 def _samples(
     model: LoadedModel, block: int, inputs: Boundary, texts: Sequence[TextSet], layers: Layers
 ) -> Iterator[_Sample]:
-    """Each sequence through the block, alone: the squares of its gradient are its own."""
+    """Each of this process's sequences through the block, alone: the squares of its gradient are its own."""
     module = model.blocks[block]
     paths = list(dict.fromkeys(view.parameter for view in layers.values()))
     with in_float32(model, [module]), torch.enable_grad():
         parameters = {path: module.get_parameter(path).requires_grad_(True) for path in paths}
         for text in texts:
             store = inputs[text.key]
-            for row in range(len(store)):
+            for row in model.plan.ranks.share(len(store)):
                 where = slice(row, row + 1)
                 states = store.read(where, model.plan).float().requires_grad_(True)
                 call = model.call(block, 1, store.length, store.positions(where)).in_float32()
@@ -193,7 +198,9 @@ def _samples(
 class _Sums:
     """Σ g and Σ g² of some layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Layers, plan: DevicePlan) -> None:
+        self.layers = layers
+        self.plan = plan
         self.count = 0
         self.sums: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
@@ -202,14 +209,23 @@ class _Sums:
     def add(self, gradients: Mapping[str, Tensor]) -> None:
         self.count += 1
         for name, gradient in gradients.items():
-            if name not in self.sums:
-                self.sums[name] = torch.zeros_like(gradient)
-                self.squares[name] = torch.zeros_like(gradient)
+            self._begin(name)
             self.sums[name] += gradient
             self.squares[name].addcmul_(gradient, gradient)
 
+    def _begin(self, name: str) -> None:
+        if name not in self.sums:
+            self.sums[name], self.squares[name] = (
+                torch.zeros(self.layers[name].shape, device=self.plan.device) for _ in range(2)
+            )
+
     def means(self) -> dict[str, GradientStatistics]:
-        """They take the place of the sums."""
+        """They take the place of the sums, which are those of all processes."""
+        for name in self.layers:
+            # A process may have had no sequence.
+            self._begin(name)
+        self.plan.ranks.sum_([*self.sums.values(), *self.squares.values()])
+        self.count = sum(self.plan.ranks.gathered(self.count))
         return {
             name: GradientStatistics(
                 self.sums[name].div_(self.count), self.squares[name].div_(self.count), self.count

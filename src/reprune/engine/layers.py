@@ -84,6 +84,7 @@ class BlockPruning:
                         )
                         rows[name]["seconds"] = round(time.perf_counter() - start, 4)
                         del remaining[name]
+            model.plan.ranks.same_([*model.blocks[self.block].parameters(), *masks.values()])
         # In the model's order, whatever the order of pruning was.
         order = [name for name in model.linears[self.block] if name in masks]
         return {name: masks[name] for name in order}, {name: rows[name] for name in order}

@@ -90,7 +90,7 @@ class BlockLoop:
                 if self._trains(window) and (number in (None, self._last_round) or self._trains_each_round):
                     self._reconstruct(chains, window, number)
             rows = self._freeze(chains, window, untrained)
-            self._commit(window, rows)
+            self._commit(chains, window, rows)
         return rows
 
     def _resume(self, windows: Sequence[BlockWindow]) -> Chains:
@@ -237,21 +237,24 @@ class BlockLoop:
         chains.forget_dense(window.frozen)
         return rows
 
-    def _commit(self, window: BlockWindow, rows: list[dict[str, Any]]) -> None:
+    def _commit(self, chains: Chains, window: BlockWindow, rows: list[dict[str, Any]]) -> None:
         progress = self._progress
         with self.meter.stage("writing"):
             done = window.index + 1
             frozen, still_open = range(window.first, window.frozen), range(window.frozen, window.stop)
-            self.state.commit(
-                done,
-                self.model,
-                frozen,
-                still_open,
-                rows,
-                progress.pending,
-                progress.masks,
-                self.meter.state(),
-            )
+            if chains.ranks.first:
+                self.state.commit(
+                    done,
+                    self.model,
+                    frozen,
+                    still_open,
+                    rows,
+                    progress.pending,
+                    progress.masks,
+                    self.meter.state(),
+                )
+            chains.ranks.wait()
+            self.state.rest(done, self.model, frozen, still_open)
         progress.windows = done
         progress.rows += rows
         self.after_commit(done, progress.rows, rows)
@@ -260,7 +263,7 @@ class BlockLoop:
         """errᵢ and its relative twin on every text, by role and name."""
         found: dict[str, dict[str, dict[str, float]]] = {}
         for text in self.texts.all:
-            errors = compare(chains.dense[block + 1][text.key], pruned[text.key])
+            errors = compare(chains.dense[block + 1][text.key], pruned[text.key], chains.ranks)
             # The last step of a training is seen by no loss, and float16 may overflow without any training.
             if not isfinite(errors["error"]):
                 raise RunError(

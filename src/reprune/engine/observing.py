@@ -24,7 +24,10 @@ def collect(
     chains: Chains, block: int, inputs: Boundary, texts: Sequence[TextSet], views: Views, with_gram: bool
 ) -> dict[str, InputStatistics]:
     """Input statistics of some layers of a block, whose weights are as they are now. RunError for a layer not called."""
-    with chains.model.holding(chains.model.blocks[block]), collecting(views, with_gram) as found:
+    with (
+        chains.model.holding(chains.model.blocks[block]),
+        collecting(views, with_gram, chains.ranks) as found,
+    ):
         chains.observe(block, inputs, texts)
     missed = [name for name in views if name not in found]
     if missed:
@@ -67,6 +70,7 @@ def collect_projected(
         finally:
             for handle in handles:
                 handle.remove()
+    chains.ranks.sum_(sums.values())
     return {name: total / num_tokens for name, total in sums.items()}
 
 
@@ -86,7 +90,7 @@ def collect_pairs(
     dense = {name: tensor.to(plan.device) for name, tensor in dense_weights.items()}
     for text in texts:
         student, teacher = students[text.key], teachers[text.key]
-        for where in student.batches(plan.sequences_a_pass(student.length)):
+        for where in chains.batches(student):
             hidden = student.read(where, plan)
             call = model.call(block, len(hidden), student.length, student.positions(where))
             with _watching(views) as pruned_inputs:
@@ -95,6 +99,9 @@ def collect_pairs(
                 call.run(module, teacher.read(where, plan), weights=dense)
             for name, pair in found.items():
                 pair.add(pruned_inputs[name], dense_inputs[name])
+    if chains.ranks.several:
+        for name, pair in found.items():
+            pair.sum_over(chains.ranks, views[name].shape[1], plan.device)
     return found
 
 

@@ -58,15 +58,19 @@ class RunState:
         """Write the state after `windows` windows; `rows` are those of the blocks in `frozen`."""
         written = {"windows": str(windows), "rows": json.dumps(rows)}
         if len(frozen):
-            name = f"frozen_{windows:04d}.safetensors"
-            write_tensors(self.folder / name, _tensors(model, frozen, masks), written)
-            _moved(model, frozen, self.folder / name)
+            write_tensors(self.folder / _name(windows), _tensors(model, frozen, masks), written)
         kept = {
             "windows": str(windows),
             "pending": json.dumps({str(block): pending[block] for block in still_open}),
             "measured": json.dumps(measured),
         }
         write_tensors(self.folder / OPEN, _tensors(model, still_open, masks), kept)
+
+    def rest(
+        self, windows: int, model: LoadedModel, frozen: Iterable[int], still_open: Iterable[int]
+    ) -> None:
+        """Have blocks that rest on disk read what was committed after `windows` windows from now on."""
+        _moved(model, frozen, self.folder / _name(windows))
         _moved(model, still_open, self.folder / OPEN)
 
     def windows_done(self) -> int:
@@ -80,7 +84,7 @@ class RunState:
         """Put the finished weights into the model's blocks, or say where they rest, and return the rest of the state."""
         progress = Progress(windows=self.windows_done())
         for number in range(1, progress.windows + 1):
-            path = self.folder / f"frozen_{number:04d}.safetensors"
+            path = self.folder / _name(number)
             if path.is_file():
                 progress.rows += json.loads(_load(path, model, progress.masks)["rows"])
         if progress.windows:
@@ -101,6 +105,10 @@ def _tensors(
         for name, keep in masks.get(block, {}).items():
             tensors[f"masks.{block}.{name}"] = pack(keep)
     return tensors
+
+
+def _name(windows: int) -> str:
+    return f"frozen_{windows:04d}.safetensors"
 
 
 def _moved(model: LoadedModel, blocks: Iterable[int], path: Path) -> None:

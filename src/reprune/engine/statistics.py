@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from reprune.errors import RunError
 from reprune.model.experts import fused_names, intermediate, routed
 from reprune.model.linears import LinearView
+from reprune.ranks import ALONE, Ranks, groups_of
 
 MAX_DAMP = 1.0
 STARVED = "no token was routed here: ranked by its weights alone"
@@ -66,6 +67,16 @@ class InputStatistics:
         self.sum_squares += x.square().sum(dim=0)
         if self.gram is not None:
             self.gram.addmm_(x.T, x)
+
+    def sum_over(
+        self, ranks: Ranks, num_tokens: int, num_features: int, device: torch.device, with_gram: bool
+    ) -> None:
+        """Make the sums those of all processes, which saw `num_tokens` together; one that saw none has zeros to add."""
+        if self.sums is None or self.sum_squares is None:
+            self.sums, self.sum_squares = torch.zeros(2, num_features, device=device)
+            self.gram = torch.zeros(num_features, num_features, device=device) if with_gram else None
+        ranks.sum_([self.sums, self.sum_squares, *([] if self.gram is None else [self.gram])])
+        self.num_tokens = num_tokens
 
     @property
     def norm(self) -> Tensor:
@@ -179,8 +190,12 @@ def _unit(hessian: Tensor) -> Tensor:
 
 
 @contextmanager
-def collecting(linears: Mapping[str, LinearView], with_gram: bool) -> Iterator[dict[str, InputStatistics]]:
+def collecting(
+    linears: Mapping[str, LinearView], with_gram: bool, ranks: Ranks = ALONE
+) -> Iterator[dict[str, InputStatistics]]:
     """Accumulate the input statistics of `linears` over all forward passes in the context, in the order of calls.
+
+    At its end they are those of the passes of all processes in `ranks`.
 
     Layers that were given the very same tensor in the first pass (q, k and v; gate and up) share one accumulator.
     An expert's are of the tokens routed to it; at the end of the context an expert that had its chance and got none
@@ -202,6 +217,8 @@ def collecting(linears: Mapping[str, LinearView], with_gram: bool) -> Iterator[d
     handles += [module.register_forward_pre_hook(collector.note_call) for module in routing]
     try:
         yield collector.found
+        if ranks.several:
+            collector.sum_over(ranks, linears)
         collector.fill_in_starved(linears)
     finally:
         for handle in handles:
@@ -253,6 +270,31 @@ class _Collector:
 
     def note_call(self, module: nn.Module, positional: tuple[Any, ...]) -> None:
         self.called.add(module)
+
+    def sum_over(self, ranks: Ranks, linears: Mapping[str, LinearView]) -> None:
+        """What any process met, all of them have met."""
+        leaders: dict[int, str] = {}
+        mixtures = {name: view.mixture.called for name, view in linears.items() if view.mixture is not None}
+        told = ranks.gathered(
+            {
+                "leaders": {name: leaders.setdefault(id(own), name) for name, own in self.found.items()},
+                "tokens": {name: own.num_tokens for name, own in self.found.items()},
+                "called": [name for name, module in mixtures.items() if module in self.called],
+            }
+        )
+        self.called |= {mixtures[name] for one in told for name in one["called"]}
+        groups = groups_of([one["leaders"] for one in told])
+        together: dict[str, InputStatistics] = {}
+        for group in groups:
+            first = group[0]
+            own = self.found.get(first, InputStatistics())
+            num_tokens = sum(one["tokens"].get(first, 0) for one in told)
+            if num_tokens:
+                view = linears[first]
+                own.sum_over(ranks, num_tokens, view.shape[1], view.stored.device, self.with_gram)
+            together |= dict.fromkeys(group, own)
+        self.found.clear()
+        self.found |= {name: together[name] for one in told for name in one["leaders"]}
 
     def fill_in_starved(self, linears: Mapping[str, LinearView]) -> None:
         for name, view in linears.items():

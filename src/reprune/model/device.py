@@ -6,12 +6,14 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from reprune.errors import ConfigError, did_you_mean, require_positive
+from reprune.ranks import ALONE, Ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_THREADS = torch.get_num_threads()
@@ -20,11 +22,15 @@ TOKENS_A_PASS = {"cpu": 2048, "cuda": 32768, "mps": 8192}
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """Where blocks compute and in what dtype, and how much memory they may take there, in bytes."""
+    """Where blocks compute and in what dtype, and how much memory they may take there, in bytes.
+
+    `ranks` are the processes that share the work.
+    """
 
     device: torch.device
     dtype: torch.dtype
     num_threads: int
+    ranks: Ranks = field(default=ALONE, compare=False)
     memory_limit: int | None = None
 
     def below(self, memory_limit: int | None) -> DevicePlan:
@@ -53,6 +59,8 @@ class DevicePlan:
         # Only where it differs: setting threads again makes small operations crawl.
         if torch.get_num_threads() != self.num_threads:
             torch.set_num_threads(self.num_threads)
+        if self.ranks.several and self.kind == "cuda":
+            torch.cuda.set_device(self.device)
         torch.set_float32_matmul_precision("highest")
         if self.kind == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
@@ -114,15 +122,26 @@ def release_memory() -> None:
 
 
 def plan_device(
-    device: str, dtype: str, checkpoint_dtype: torch.dtype | None, threads: int | None, *, here: bool = True
+    device: str,
+    dtype: str,
+    checkpoint_dtype: torch.dtype | None,
+    threads: int | None,
+    *,
+    here: bool = True,
+    ranks: Ranks = ALONE,
 ) -> DevicePlan:
     """Resolve `device=auto|cpu|cuda|cuda:N|mps` and `dtype=auto|float32|bfloat16|float16`.
 
-    auto takes the first CUDA device, else the CPU; float32 on a CPU, the checkpoint's dtype elsewhere.
-    Raises ConfigError for a device or dtype that is unknown or, where the plan is for `here`, not there.
+    auto takes the first CUDA device, else the CPU; float32 on a CPU, the checkpoint's dtype elsewhere. Of several
+    processes each takes the CUDA device of its own number with auto or cuda, and without `threads` its part of the cores.
+    Raises ConfigError for a device or dtype that is unknown or, where the plan is for `here`, not there, and for fewer
+    CUDA devices than processes.
     """
     require_positive(threads=threads)
     chosen = _device(device, here)
+    if ranks.several:
+        chosen, ranks = _one_each(chosen, device, ranks)
+        threads = threads or _threads_each(ranks.count)
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(
             "dtype",
@@ -137,7 +156,29 @@ def plan_device(
         resolved = torch.float32
     else:
         resolved = checkpoint_dtype
-    return DevicePlan(chosen, resolved, threads or DEFAULT_THREADS)
+    return DevicePlan(chosen, resolved, threads or DEFAULT_THREADS, ranks)
+
+
+def _one_each(chosen: torch.device, asked: str, ranks: Ranks) -> tuple[torch.device, Ranks]:
+    if chosen.type != "cuda" or asked not in ("auto", "cuda"):
+        return chosen, ranks
+    there = torch.cuda.device_count()
+    if ranks.count > there:
+        raise ConfigError(
+            "device", f"{ranks.count} processes share a run and there are {there} GPUs, one for each is needed",
+            value=asked, accepted=f"at most {there} processes, or device=cpu", hint=f"torchrun --nproc-per-node {there} …",
+        )  # fmt: skip
+    return torch.device("cuda", ranks.number), replace(ranks, own_devices=True)
+
+
+def _threads_each(num_processes: int) -> int:
+    # torchrun sets OMP_NUM_THREADS=1 where nobody has set it, which hides what torch would have taken.
+    told = os.environ.get("OMP_NUM_THREADS", "1")
+    if told != "1":
+        return DEFAULT_THREADS
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(usable, psutil.cpu_count(logical=False) or usable)
+    return max(1, cores // num_processes)
 
 
 def _device(device: str, here: bool) -> torch.device:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reprune.errors import RunError
 from reprune.model.loading import LoadedModel
+from reprune.ranks import ALONE, Ranks
 from reprune.reconstruction.masked_lora import MaskedLora
 from reprune.reconstruction.objective import Objective
 from reprune.reconstruction.technique import Technique
@@ -43,12 +44,13 @@ def train(
     generator: torch.Generator,
     on_step: Callable[[], None],
     place: str,
+    ranks: Ranks = ALONE,
 ) -> Course:
     """Minimise `objective` over the chosen parameters of `blocks`, which are float32 on the device (see in_float32).
 
     Masked weights stay exactly zero. With `validation`, ends after technique.patience epochs without a lower loss on it
-    and leaves the weights of the best epoch, the start being epoch 0. Raises RunError, naming `place`, when the loss is
-    not finite or nothing is trainable.
+    and leaves the weights of the best epoch, the start being epoch 0. The samples of a step are shared by `ranks`, which
+    all make the step. Raises RunError, naming `place`, when the loss is not finite or nothing is trainable.
     """
     from transformers import get_scheduler
 
@@ -69,7 +71,7 @@ def train(
     course = Course()
     best = _Best(training, technique.patience)
     if validation is not None:
-        best.offer(_mean_loss(validation, size, training), course)
+        best.offer(_mean_loss(validation, size, training, ranks), course)
         if not isfinite(course.validation_losses[0]):
             raise RunError(
                 f"{place}: the loss on the validation text {technique.stop_on} is not finite before training"
@@ -79,17 +81,16 @@ def train(
         sum_of_losses = torch.zeros((), device=training.parameters[0].device)
         for start in range(0, len(order), size):
             samples = order[start : start + size]
-            loss = objective.loss(samples, training.weights)
-            sum_of_losses += _step(loss, training, optimiser, technique) * len(samples)
+            sum_of_losses += _step(objective, samples, training, optimiser, technique, ranks) * len(samples)
             scheduler.step()
             on_step()
-        course.epoch_losses.append(float(sum_of_losses) / len(objective))
+        course.epoch_losses.append(sum(ranks.gathered(float(sum_of_losses))) / len(objective))
         if not isfinite(course.epoch_losses[-1]):
             raise RunError(
                 f"{place}: the reconstruction loss is not finite in epoch {epoch + 1}; "
                 f"lower reconstruction.learning_rate (now {technique.learning_rate:g}) or set clip_norm"
             )
-        if validation is not None and best.offer(_mean_loss(validation, size, training), course):
+        if validation is not None and best.offer(_mean_loss(validation, size, training, ranks), course):
             break
     if validation is not None:
         best.restore()
@@ -97,18 +98,53 @@ def train(
     return course
 
 
-def _step(loss: Tensor, training: Training, optimiser: torch.optim.Optimizer, technique: Technique) -> Tensor:
-    """One step of the optimiser; returns the loss without the anchor."""
-    penalised = loss + technique.anchor * training.distance() if technique.anchor else loss
+def _step(
+    objective: Objective,
+    samples: Sequence[int],
+    training: Training,
+    optimiser: torch.optim.Optimizer,
+    technique: Technique,
+    ranks: Ranks,
+) -> Tensor:
+    """One step of the optimiser; returns what this process has of the loss without the anchor."""
     optimiser.zero_grad(set_to_none=True)
-    torch.autograd.backward(penalised)
+    loss = _backward(objective, samples, training, technique, ranks)
+    sum_gradients(training.parameters, ranks)
     if technique.clip_norm is not None:
         # Only the norm mixes weights, so only here do the gradients of masked weights have to go.
         training.mask_gradients()
         nn.utils.clip_grad_norm_(training.parameters, technique.clip_norm)
     optimiser.step()
     training.hold()
-    return loss.detach()
+    return loss
+
+
+def _backward(
+    objective: Objective, samples: Sequence[int], training: Training, technique: Technique, ranks: Ranks
+) -> Tensor:
+    """Gradients of this process's part of the loss over `samples`; the part."""
+    own = [samples[place] for place in ranks.share(len(samples))]
+    if not own:
+        return torch.zeros((), device=training.parameters[0].device)
+    loss = objective.loss(own, training.weights)
+    penalised = loss + technique.anchor * training.distance() if technique.anchor else loss
+    part = objective.mass(own) / objective.mass(samples) if ranks.several else 1.0
+    torch.autograd.backward(part * penalised if ranks.several else penalised)
+    return part * loss.detach()
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
+    """Make gradients those of all processes together; what none of them has a gradient of keeps none."""
+    if not ranks.several:
+        return
+    there = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.float32)
+    ranks.sum_([there])
+    found = [parameter for parameter, count in zip(parameters, there.tolist(), strict=True) if count]
+    for parameter in found:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    ranks.sum_(parameter.grad for parameter in found if parameter.grad is not None)
 
 
 @dataclass
@@ -136,12 +172,14 @@ class _Best:
 
 
 @torch.no_grad()
-def _mean_loss(objective: Objective, size: int, training: Training) -> float:
+def _mean_loss(objective: Objective, size: int, training: Training, ranks: Ranks) -> float:
     total = 0.0
-    for start in range(0, len(objective), size):
-        samples = range(start, min(start + size, len(objective)))
+    starts = range(0, len(objective), size)
+    for batch in ranks.share(len(starts)):
+        samples = range(starts[batch], min(starts[batch] + size, len(objective)))
         total += float(objective.loss(samples, training.weights)) * len(samples)
-    return total / len(objective)
+    everywhere: list[float] = ranks.gathered(total)
+    return sum(everywhere) / len(objective)
 
 
 @contextmanager

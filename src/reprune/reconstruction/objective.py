@@ -13,7 +13,7 @@ from reprune.calibration.source import TextSet
 from reprune.engine.activations import Activations
 from reprune.errors import ConfigError
 from reprune.model.loading import LoadedModel
-from reprune.reconstruction.losses import weighted_loss
+from reprune.reconstruction.losses import TOKEN_WEIGHTS, uniform, weighted_loss
 
 _NOT_PREDICTED = -100
 WeightsOf = Callable[[int], dict[str, Tensor]]
@@ -29,6 +29,10 @@ class Objective(Protocol):
 
     def loss(self, samples: Sequence[int], weights: WeightsOf) -> Tensor:
         """Mean loss over some samples, a scalar."""
+        ...
+
+    def mass(self, samples: Sequence[int]) -> float:
+        """What the mean over these samples is a quotient by: means over parts of them make up the whole by their masses."""
         ...
 
 
@@ -49,6 +53,12 @@ class Pairs:
         targets = torch.stack([self.targets[text].states_NTH[row] for text, row in rows])
         positions = _stacked([(self.inputs[text].positions_NT, row) for text, row in rows], inputs.shape[1])
         return inputs.to(model.plan.device).float(), targets.to(model.plan.device).float(), positions
+
+    def target(self, samples: Sequence[int], model: LoadedModel) -> Tensor:
+        """The targets of some samples as `batch` gives them."""
+        rows = [self._locate(sample) for sample in samples]
+        targets = torch.stack([self.targets[text].states_NTH[row] for text, row in rows])
+        return targets.to(model.plan.device).float()
 
     def _locate(self, sample: int) -> tuple[int, int]:
         for text, store in enumerate(self.inputs):
@@ -88,6 +98,12 @@ class WindowObjective:
             hidden = call.run(self.model.blocks[block], hidden, weights=weights(block), until=self.until)
         return weighted_loss(self.loss_name, self.token_weight, hidden, target)
 
+    def mass(self, samples: Sequence[int]) -> float:
+        """See Objective: tokens, each with its weight."""
+        if not samples or self.token_weight == uniform.__name__:
+            return float(len(samples))
+        return float(TOKEN_WEIGHTS[self.token_weight](self.pairs.target(samples, self.model)).double().sum())
+
 
 @dataclass(frozen=True)
 class LanguageObjective:
@@ -118,6 +134,12 @@ class LanguageObjective:
         positions = None if self.positions_NT is None else self.positions_NT[list(samples)]
         logits = self.model.differentiable_logits(tokens, replaced, positions)
         return next_token_loss(logits, tokens, positions)
+
+    def mass(self, samples: Sequence[int]) -> float:
+        """See Objective: tokens that are predicted."""
+        if self.positions_NT is None:
+            return float(len(samples))
+        return float((self.positions_NT[list(samples), 1:] != 0).sum())
 
 
 def next_token_loss(logits_BTV: Tensor, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:

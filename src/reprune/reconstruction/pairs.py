@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reprune.ranks import Ranks
+
 
 @dataclass
 class PairStatistics:
@@ -22,3 +24,9 @@ class PairStatistics:
         if self.cross is None:
             self.cross = torch.zeros(student_ND.shape[1], student_ND.shape[1], device=student_ND.device)
         self.cross.addmm_(student_ND.T, teacher_ND)
+
+    def sum_over(self, ranks: Ranks, num_features: int, device: torch.device) -> None:
+        """Make it the sum over all processes; one that saw no token has zeros to add."""
+        if self.cross is None:
+            self.cross = torch.zeros(num_features, num_features, device=device)
+        ranks.sum_([self.cross])

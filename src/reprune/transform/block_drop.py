@@ -109,7 +109,7 @@ class BlockDrop:
         gone: list[int] = facts["dropped"]
         kept = [block for block in range(len(model.blocks)) if block not in gone]
         left = shortened(model, around.source, kept, around.texts.mask[0].tokens_NT)
-        if not file.is_file():
+        if not file.is_file() and model.plan.ranks.first:
             write_json(file, {**facts, "parameters": {"before": before, "after": _num_parameters(left)}})
         LOG.info(
             "dropped %d of %d blocks: %s (influence %s)",

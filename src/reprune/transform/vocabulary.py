@@ -101,7 +101,8 @@ class Vocabulary:
         kept = self._kept(model, around, num_ids)
         # Before the rows are gone from memory they are on disk.
         left, removed = trim(model, kept, around.texts.mask[0].tokens_NT)
-        if not (around.folder / ROWS).is_file():
+        first = model.plan.ranks.first
+        if first and not (around.folder / ROWS).is_file():
             write_tensors(around.folder / ROWS, {**removed, "kept": kept})
         saved = sum(rows.numel() * rows.element_size() for rows in removed.values())
         facts = {
@@ -112,7 +113,8 @@ class Vocabulary:
             "evaluated": self.evaluate,
             "note": NOTES[self.evaluate],
         }
-        write_json(around.folder / RECORD, facts)
+        if first:
+            write_json(around.folder / RECORD, facts)
         LOG.info(
             "kept %d of %d rows of the vocabulary: %.1f MiB less", len(kept), num_ids, saved / 2**20
         )  # fmt: skip
