@@ -1,4 +1,4 @@
-"""`make evidence`: from experiments/results/*.csv the verdicts on claims, the README's table of the evidence, and its figure.
+"""`make evidence`: from experiments/results/*.csv the verdicts on claims, the README's table of the evidence, figures, knees.
 
 The runs themselves take hours: `reprune experiments=NAME` for each NAME of a table's last column.
 """
@@ -14,12 +14,14 @@ import reprune
 from reprune.files import fill
 from reprune.reporting.comparisons import claims_in
 from reprune.reporting.drawing import STYLE, Runs
-from reprune.reporting.plots import change_against_none
+from reprune.reporting.knee import curves, knees
+from reprune.reporting.plots import change_against_none, essential_sparsity
 from reprune.reporting.verdicts import verdict_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README, FIGURE = ROOT / "experiments/results", ROOT / "README.md", ROOT / "docs/evidence.png"
 PLACE = "make evidence"
+ESSENTIAL, KNEES = RESULTS / "methods_essential_sparsity.csv", RESULTS / "essential_sparsity_knees.csv"
 READ: dict[str, dict[str, tuple[str, ...]]] = {
     "evidence": {
         "main": ("main",),
@@ -92,13 +94,16 @@ def _needed(row: dict[str, object]) -> str:
 
 
 def main() -> None:
-    """Write the verdicts, the figure, and the table between the README's marks."""
+    """Write the verdicts, the figures, the knees, and the table between the README's marks."""
     tables = {group: verdicts(group) for group in READ}
     for group, table in tables.items():
         table.to_csv(verdicts_file(group), index=False)
     with mpl.rc_context(dict(STYLE)):
         figure = change_against_none.draw(Runs.of(reprune.results(RESULTS / "evidence_main.csv")))
         figure.savefig(FIGURE, dpi=110)
+        essential = reprune.results(ESSENTIAL)
+        knees(curves(essential)).to_csv(KNEES, index=False)
+        essential_sparsity.draw(Runs.of(essential)).savefig(ROOT / "docs/essential_sparsity.png", dpi=110)
     fill(README, PLACE, as_markdown(tables["evidence"]))
 
 
