@@ -55,12 +55,13 @@ def _metrics(frame: pd.DataFrame) -> list[str]:
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_wide_file_is_read_without_a_word(kept: Path, tmp_path: Path) -> None:
+def test_a_wide_file_is_read_without_a_word(runs: Path, kept: Path, tmp_path: Path) -> None:
     """Catches pandas' complaints between a person and a table."""
     wide = pd.read_csv(kept)
     more = pd.DataFrame({f"eval/pruned/x/{n}": [float(n)] * len(wide) for n in range(400)})
     pd.concat([wide, more], axis=1).to_csv(tmp_path / "wide.csv", index=False)
     assert len(reprune.results(tmp_path / "wide.csv", kept)) == 4
+    assert len(reprune.results(runs, tmp_path / "wide.csv")) == 4
 
 
 def test_numbers_and_arms_are_those_of_the_folders(runs: Path, kept: Path) -> None:

@@ -73,7 +73,8 @@ def _once(frame: pd.DataFrame) -> pd.DataFrame:
         return frame
     finished = frame["state"] == "finished"
     twice = frame["id"].isin(frame.loc[finished, "id"])
-    return frame[finished | ~twice].groupby("id", sort=False, as_index=False).first()[list(frame)]
+    # The first values of text columns come in pieces, which pandas complains of when the ids are put beside them.
+    return frame[finished | ~twice].groupby("id", sort=False).first().copy().reset_index()[list(frame)]
 
 
 def _row(folder: RunFolder) -> dict[str, Any]:
