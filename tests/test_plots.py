@@ -239,6 +239,25 @@ def test_arms_are_named_apart(sweep: Path) -> None:
     assert set(Runs.of(many).arms) == {"none", "br_gp"}
 
 
+def test_the_transform_is_named_where_runs_differ_in_it(tmp_path: Path) -> None:
+    """Catches two models under one name, `none` as a word, and a word for what all runs share."""
+    chosen = ["block_drop", "none", None, "vocabulary"]
+    rows = [
+        {**run_row("br", 0, 1.0, 1.0), "id": f"run{n}", "config_hash": f"{n}0000hash", "choice/transform": option,
+         "config/transform.count": 2.0 if option == "block_drop" else None}
+        for n, option in enumerate(chosen)
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    assert arm_names(frame).tolist() == ["block_drop br", "br", "br", "vocabulary br"]
+    frame.to_csv(tmp_path / "kept.csv", index=False)
+    labels = reprune.results(tmp_path / "kept.csv")["label"]
+    assert labels.tolist() == ["block_drop br", "br 10000", "br 20000", "vocabulary br"]
+    for option in ("none", "vocabulary"):
+        assert set(arm_names(frame.assign(**{"choice/transform": option, "config/transform.count": 1}))) == {
+            "br"
+        }
+
+
 def test_results_from_python(sweep: Path) -> None:
     """Catches `import reprune` that drags pandas in, and a name that is not there passing silently."""
     told = "import reprune, sys; print('pandas' in sys.modules, 'torch' in sys.modules)"

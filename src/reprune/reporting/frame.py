@@ -15,6 +15,7 @@ import yaml
 
 from reprune.errors import ConfigError
 from reprune.files import read_json, write_atomically
+from reprune.reporting.replicates import with_words
 from reprune.run_folder import RunFolder
 
 KEPT = "a file that `reprune-report collect` wrote"
@@ -58,10 +59,8 @@ def results(*places: Path | str) -> pd.DataFrame:
         frame["label"] = frame["choice/reconstruction"]
         if "choice/arm" in frame:
             frame["label"] = frame["choice/arm"].where(frame["choice/arm"].notna(), frame["label"])
-        # Runs of one technique are told apart by their pruner and pattern; then by the beginning of their hash.
-        for column in ("choice/pruner", "choice/pattern"):
-            if frame[column].nunique() > 1:
-                frame["label"] = frame[column].str.cat(frame["label"], sep=" ")
+        # Runs of one technique are told apart by these; then by the beginning of their hash.
+        frame["label"] = with_words(frame["label"], frame, "pruner", "pattern", "transform")
         twice = frame["label"].duplicated(keep=False) & frame["label"].notna()
         frame.loc[twice, "label"] += " " + frame.loc[twice, "config_hash"].str[:5]
     return frame

@@ -152,17 +152,26 @@ def summarise(frame: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def with_words(names: pd.Series, frame: pd.DataFrame, *choices: str) -> pd.Series:
+    """`names` with each of the choices in which named runs differ put before them; the option `none` has no word."""
+    for choice in choices:
+        if f"choice/{choice}" not in frame:
+            continue
+        words = frame[f"choice/{choice}"].astype(object).fillna("none").astype(str)
+        if words[names.notna()].nunique() > 1:
+            names = names.where(words == "none", words.str.cat(names, sep=" "))
+    return names
+
+
 def arm_names(frame: pd.DataFrame) -> pd.Series:
-    """The arm of every finished run in words: pruner and pattern where several, technique, and what else arms differ in.
+    """The arm of every finished run in words: transform, pruner and pattern where several, technique, and what else differs.
 
     Runs have one name if and only if they are replicates of one arm.
     """
     names = frame["choice/reconstruction"].astype(str)
     if "choice/arm" in frame:
         names = frame["choice/arm"].where(frame["choice/arm"].notna(), names).astype(str)
-    for column in ("choice/pattern", "choice/pruner"):
-        if frame[column].nunique() > 1:
-            names = frame[column].astype(str).str.cat(names, sep=" ")
+    names = with_words(names, frame, "pattern", "pruner", "transform")
     for _, runs in frame.groupby(names, sort=False):
         for column in arms_of(runs):
             # Whole keys where the last part of them is not one key.
