@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import run_tiny
+from helpers import plan_of, run_tiny
 from reprune.calibration.roles import Texts
 from reprune.calibration.source import TextSet
 from reprune.engine.activations import Stores
@@ -32,6 +32,15 @@ from support import block_loop, load_tiny, preset, random_text
 GENERAL, MORE, LAW = (
     random_text(name, num_sequences=count) for name, count in (("general", 4), ("more", 2), ("law", 3))
 )
+
+
+OF_LAW = (
+    "pruner=d_pruner", "reconstruction=none", "calibration=mixture",
+    "calibration.num_sequences=null", "calibration.parts.web=null", "calibration.parts.generated=null",
+    "+calibration@calibration.parts.general=vocabulary", "calibration.parts.general.num_sequences=5",
+    "+calibration@calibration.parts.law=vocabulary", "calibration.parts.law.num_sequences=2",
+    "calibration.parts.law.set=1",
+)  # fmt: skip
 
 
 def _grams(model: LoadedModel, texts: Sequence[TextSet], block: int = 0) -> dict[str, Tensor]:
@@ -177,6 +186,19 @@ def test_runs_with_a_domain_are_others_now() -> None:
     }  # fmt: skip
 
 
+def test_a_second_gram_takes_memory(tmp_path: Path) -> None:
+    """Catches an estimate without the refinement's own Gram, and with one that nobody takes."""
+
+    def memory(*more: str) -> int:
+        return plan_of(tmp_path, *OF_LAW, *more).sizes.memory
+
+    law, swaps = "pruner.domain=law", "refine=sparse_swaps"
+    largest = max(d_in for _, d_in in plan_of(tmp_path, *OF_LAW).shapes.linears.values())
+    assert memory(law, swaps) - memory(law) == 4 * 3 * largest**2
+    assert memory(law, "refine=dsnot") == memory(law), "it reads no Gram"
+    assert memory(swaps) == memory(), "it reads the pruner's"
+
+
 def test_a_run_with_a_domain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches, in a whole run, gradients of general text, a Gram of the domain's, and scores of neither."""
     scored: dict[str, Tensor] = {}
@@ -187,13 +209,7 @@ def test_a_run_with_a_domain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return scored[f"{layer.block}.{layer.name}"]
 
     monkeypatch.setattr(DPruner, "score", keeping)
-    plan, _ = run_tiny(
-        tmp_path, "pruner=d_pruner", "pruner.domain=law", "pruner.regularisation=1e17", "reconstruction=none", "calibration=mixture",
-        "calibration.num_sequences=null", "calibration.parts.web=null", "calibration.parts.generated=null",
-        "+calibration@calibration.parts.general=vocabulary", "calibration.parts.general.num_sequences=5",
-        "+calibration@calibration.parts.law=vocabulary", "calibration.parts.law.num_sequences=2",
-        "calibration.parts.law.set=1",
-    )  # fmt: skip
+    plan, _ = run_tiny(tmp_path, *OF_LAW, "pruner.domain=law", "pruner.regularisation=1e17")
     model = load_model(plan.source, plan.tokenizer, plan.device)
     texts = {text.name: text for text in plan.texts(model).mask}
     assert [len(texts[name].tokens_NT) for name in ("general", "law")] == [5, 2]

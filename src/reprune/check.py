@@ -26,7 +26,7 @@ from reprune.model.checkpoint import ModelSource
 from reprune.model.description import dtype_of, load_tokenizer
 from reprune.model.device import plan_device
 from reprune.pruning.contract import Pruner
-from reprune.pruning.refinement import Refinement, Unrefined, needs_of
+from reprune.pruning.refinement import Refinement, Unrefined, needs_of, reads_apart
 from reprune.ranks import ALONE, Ranks
 from reprune.reconstruction.technique import Technique
 from reprune.rounds import (
@@ -171,7 +171,8 @@ def check(composed: Composed, *, here: bool = True, ranks: Ranks = ALONE) -> Run
     check_suite(suite, shapes.max_length)
     texts, waiting = cut_all(requests, tokenizer, None, seed_data)
     exports = config["export"]["model"], config["export"]["compact"]
-    sizes = sizes_of(texts, waiting, shapes, technique, device, needs, len(steps), *exports)
+    second_gram = refinement is not None and refinement.needs.gram and reads_apart(pruner, refinement)
+    sizes = sizes_of(texts, waiting, shapes, technique, device, needs, second_gram, len(steps), *exports)
     if transform.keeps_rows:
         outside = shapes.num_parameters - shapes.num_block_parameters
         sizes = replace(sizes, disk=sizes.disk + outside * torch.finfo(device.dtype).bits // 8)

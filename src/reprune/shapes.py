@@ -134,13 +134,15 @@ def sizes_of(
     technique: Technique,
     device: DevicePlan,
     needs: Needs,
+    second_gram: bool,
     num_rounds: int,
     exports_model: bool,
     exports_compact: bool,
 ) -> Sizes:
     """Weights, activations, statistics, dense copies and training state; block states and exports.
 
-    Of a smaller model only the bound is known, the model's own size.
+    `second_gram` says that a refinement reads a Gram of other text than the pruner. Of a smaller model only the bound
+    is known, the model's own size.
     """
     width = torch.finfo(device.dtype).bits // 8
     window = technique.window or shapes.num_blocks
@@ -156,7 +158,7 @@ def sizes_of(
     outside = shapes.num_parameters - shapes.num_block_parameters
     training = _training(texts, shapes, technique, needs, block * window, outside)
     dense = block * window * width if technique.needs_dense_weights or num_rounds > 1 else 0
-    statistics = _statistics(shapes, technique, needs)
+    statistics = _statistics(shapes, technique, needs, second_gram)
     # Statistics are gone when training begins.
     base = max(training, statistics) + dense + LIBRARIES
     if exports_compact:
@@ -189,8 +191,8 @@ def _training(
     return max(training, block * 24 if needs.gradients or needs.block_gradients else 0)
 
 
-def _statistics(shapes: Shapes, technique: Technique, needs: Needs) -> int:
-    """Grams of one block's layers and their factors, float32, with what a factorisation takes; as many again for a solver."""
+def _statistics(shapes: Shapes, technique: Technique, needs: Needs, second_gram: bool) -> int:
+    """Grams of one block's layers and their factors, float32, with what a factorisation takes; as many again for a solver and a refinement."""
     solves = technique.layerwise is not None and technique.layerwise.reads_gram
     if not (needs.gram or solves):
         return 0
@@ -198,7 +200,7 @@ def _statistics(shapes: Shapes, technique: Technique, needs: Needs) -> int:
     for name, layer in shapes.layers.items():
         by_block[name.partition(".")[0]] += layer.shape[1] ** 2
     largest = max(layer.shape[1] ** 2 for layer in shapes.layers.values())
-    return 4 * (2 * (needs.gram + solves) * max(by_block.values()) + 3 * largest)
+    return 4 * (2 * (needs.gram + solves + second_gram) * max(by_block.values()) + 3 * largest)
 
 
 def check_room(host: int, disk: int, output_dir: Path, model: str) -> None:

@@ -15,6 +15,7 @@ from reprune.engine.pruning_plan import PruningPlan
 from reprune.engine.statistics import InputStatistics, collecting
 from reprune.model.coupling import Coupling
 from reprune.model.linears import LinearView
+from reprune.pruning.refinement import reads_apart
 from reprune.reconstruction.pairs import PairStatistics
 from reprune.reconstruction.technique import Technique
 
@@ -92,12 +93,7 @@ class LayerStatistics:
 
     @property
     def _refines_apart(self) -> bool:
-        plan = self.plan
-        return (
-            plan.refinement is not None
-            and plan.refinement.needs.any
-            and plan.pruner.needs.statistics_without is not None
-        )
+        return reads_apart(self.plan.pruner, self.plan.refinement)
 
     @property
     def _solver_reads_gram(self) -> bool:

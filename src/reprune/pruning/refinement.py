@@ -36,6 +36,11 @@ def needs_of(pruner: Pruner, refinement: Refinement | None) -> Needs:
     return pruner.needs if refinement is None else pruner.needs | refinement.needs
 
 
+def reads_apart(pruner: Pruner, refinement: Refinement | None) -> bool:
+    """Whether a refinement needs statistics of its own, because the pruner's leave text out."""
+    return refinement is not None and refinement.needs.any and pruner.needs.statistics_without is not None
+
+
 def refined(refinement: Refinement, layer: LayerContext, pruned: Pruned, pattern: Pattern) -> Pruned:
     """The pruned layer with its mask refined; what stays has the values it had before it was pruned.
 
