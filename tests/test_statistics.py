@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -36,6 +37,24 @@ def test_sums_do_not_depend_on_the_split(cuts: list[int], seed: int) -> None:
     assert statistics.gram is not None
     torch.testing.assert_close(statistics.gram.double(), exact.T @ exact, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(statistics.norm.double(), exact.norm(dim=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 4096])
+def test_variance_beside_a_large_mean(batch: int) -> None:
+    """Catches E[x²] − E[x]² in float32, where features of mean 10⁴ and deviation 1 have no variance left, or a wrong one."""
+    rng = np.random.default_rng(0)
+    mean, deviation = np.array([1e4, -1e4, 1e4, 0.0, 3.0]), np.array([1.0, 1.0, 0.0, 1.0, 0.5])
+    inputs = (mean + deviation * rng.standard_normal((4096, 5))).astype(np.float32)
+    # One token far from all others, as models have at the beginning of a text.
+    inputs[0, 3] = 5e3
+    statistics = InputStatistics()
+    for part in torch.from_numpy(inputs).split(batch):
+        statistics.add(part[None], with_gram=False)
+    exact = inputs.astype(np.float64)
+    np.testing.assert_allclose(statistics.variance.numpy(), exact.var(axis=0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(statistics.mean.numpy(), exact.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(statistics.norm.numpy(), np.linalg.norm(exact, axis=0), rtol=1e-6)
+    assert statistics.variance.dtype == statistics.mean.dtype == statistics.norm.dtype == torch.float32
 
 
 def test_a_feature_is_dead_only_if_every_token_has_it_zero() -> None:

@@ -36,7 +36,11 @@ class Spectrum:
 
 @dataclass
 class InputStatistics:
-    """Sums over the tokens that a layer saw: Σ x, Σ x² [d_in] and Σ x xᵀ [d_in, d_in], float32, and remarks on them."""
+    """Sums over the tokens that a layer saw: Σ x, Σ x² [d_in], Σ x xᵀ [d_in, d_in], and remarks on them.
+
+    The first two are float64, so that a variance is left of features whose mean is far larger than their deviation;
+    on Apple's GPUs, which have none, and of the third it is float32.
+    """
 
     num_tokens: int = 0
     sums: Tensor | None = None
@@ -58,13 +62,19 @@ class InputStatistics:
         """Add the tokens of `inputs` [..., d_in]."""
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if self.sum_squares is None:
-            self.sums = torch.zeros(x.shape[1], device=x.device)
-            self.sum_squares = torch.zeros(x.shape[1], device=x.device)
+            wide = torch.float32 if x.device.type == "mps" else torch.float64
+            self.sums = torch.zeros(x.shape[1], device=x.device, dtype=wide)
+            self.sum_squares = torch.zeros_like(self.sums)
             self.gram = torch.zeros(x.shape[1], x.shape[1], device=x.device) if with_gram else None
         self.num_tokens += len(x)
         assert self.sums is not None
-        self.sums += x.sum(dim=0)
-        self.sum_squares += x.square().sum(dim=0)
+        if len(x):
+            # Around a value near their mean float32 is enough, so that only vectors are computed with in float64.
+            near = x.mean(dim=0)
+            rest = x - near
+            offset, beside = near.to(self.sums), rest.sum(dim=0).to(self.sums)
+            self.sums += beside + len(x) * offset
+            self.sum_squares += rest.square_().sum(dim=0) + offset * (2 * beside + len(x) * offset)
         if self.gram is not None:
             self.gram.addmm_(x.T, x)
 
@@ -80,21 +90,23 @@ class InputStatistics:
 
     @property
     def norm(self) -> Tensor:
-        """‖X_j‖₂ of every input feature, [d_in]."""
+        """‖X_j‖₂ of every input feature, float32 [d_in]."""
         assert self.sum_squares is not None
-        return self.sum_squares.sqrt()
+        return self.sum_squares.sqrt().float()
 
     @property
     def mean(self) -> Tensor:
-        """E[X_j] of every input feature, [d_in]; zero where no token was seen."""
+        """E[X_j] of every input feature, float32 [d_in]; zero where no token was seen."""
         assert self.sums is not None
-        return self.sums / max(1, self.num_tokens)
+        return (self.sums / max(1, self.num_tokens)).float()
 
     @property
     def variance(self) -> Tensor:
-        """Var[X_j] = E[X_j²] − E[X_j]² of every input feature, [d_in]."""
+        """Var[X_j] = E[X_j²] − E[X_j]² of every input feature, float32 [d_in]."""
+        assert self.sums is not None
         assert self.sum_squares is not None
-        return (self.sum_squares / max(1, self.num_tokens) - self.mean.square()).clamp(min=0)
+        seen = max(1, self.num_tokens)
+        return (self.sum_squares / seen - (self.sums / seen).square()).clamp(min=0).float()
 
     @property
     def dead(self) -> Tensor:
