@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from reprune import following, together
 from reprune.errors import RunError
 
@@ -34,6 +36,9 @@ def main() -> None:
             together.main(command["arguments"])
         except SystemExit as end:
             code = end.code
+        if dist.is_initialized():
+            # It failed, and the process did not end of it.
+            dist.destroy_process_group()
         if os.environ["RANK"] == "0":
             print(f"== code {code}", flush=True)
 

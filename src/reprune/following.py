@@ -19,6 +19,7 @@ def follow(plan: RunPlan) -> None:
     """
     plan.device.settle()
     if not plan.device.ranks.tell(None):
+        plan.device.ranks.part()
         return
     try:
         _follow(plan)
@@ -36,3 +37,4 @@ def _follow(plan: RunPlan) -> None:
     stores = stores_of(plan)
     model = transformed(plan, model, texts, stores, meter)
     block_loop(plan, model, texts, stores, meter, ProgressView(), lambda windows, rows, new: None).run()
+    plan.device.ranks.part()

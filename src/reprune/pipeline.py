@@ -146,6 +146,7 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
             )
         loop = block_loop(plan, model, texts, stores, meter, view, _committing(folder, tracker, after_commit))
         rows, masks = loop.run()
+        plan.device.ranks.part()
         if loop.pruning.gradients is not None:
             loop.pruning.gradients.forget()
         folder.write_blocks(rows)
@@ -173,6 +174,7 @@ def led(plan: RunPlan) -> RunPlan:
     windows = RunState(plan.folder.state).windows_done()
     if plan.device.ranks.tell(not plan.folder.finished and windows < plan.num_windows):
         return plan
+    plan.device.ranks.part()
     return replace(plan, device=replace(plan.device, ranks=ALONE))
 
 

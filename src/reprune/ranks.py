@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,13 @@ from torch.distributed.distributed_c10d import Store
 from reprune.errors import RunError
 
 FAILED = "failed"
-"""Where in the store a process that fails says why, before it leaves."""
+"""Where in the store a process that fails says why."""
+
+_LOOK_EVERY = timedelta(seconds=1)
+_LOST = (
+    "another process of this run ended without saying why: killed by hand or, more often, for its memory; "
+    "the same command goes on from the last finished window, with as many processes as you like"
+)
 
 
 class LeftAloneError(RunError):
@@ -46,6 +53,11 @@ class Ranks:
         """Whether there are others."""
         return self.count > 1
 
+    def part(self) -> None:
+        """No more is exchanged from here on: what the connections hold is given back."""
+        if self.several:
+            dist.destroy_process_group()
+
     def share(self, num_items: int) -> range:
         """This process's consecutive part of `num_items` things; parts differ by one at most, later ones are smaller."""
         each, more = divmod(num_items, self.count)
@@ -55,21 +67,20 @@ class Ranks:
     def wait(self) -> None:
         """Until every process is here: what each wrote before, all can read. LeftAloneError where one does not come."""
         if self.several:
-            with self._noticing():
-                dist.all_reduce(torch.zeros(1))
+            self._done(dist.all_reduce(torch.zeros(1), async_op=True))
 
     @torch.no_grad()
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Put the sum over all processes in the place of each tensor, to the bit the same everywhere."""
         if self.several:
-            self._each(tensors, dist.all_reduce)
+            self._each(tensors, partial(dist.all_reduce, async_op=True))
 
     @torch.no_grad()
     def same_(self, tensors: Iterable[Tensor]) -> None:
         """Put the first process's values in the place of each tensor."""
         if self.several:
             # As bytes: not every transport knows every dtype.
-            self._each(tensors, lambda tensor: dist.broadcast(tensor.view(-1).view(torch.uint8), 0))
+            self._each(tensors, lambda it: dist.broadcast(it.view(-1).view(torch.uint8), 0, async_op=True))
 
     def tell(self, value: Any) -> Any:
         """The first process's value, as JSON gives it back; what the others hand in does not matter."""
@@ -83,12 +94,11 @@ class Ranks:
         mine = bytearray(json.dumps(value).encode())
         sizes = torch.zeros(self.count, dtype=torch.long)
         sizes[self.number] = len(mine)
-        with self._noticing():
-            dist.all_reduce(sizes)
-            padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
-            padded[: len(mine)] = torch.frombuffer(mine, dtype=torch.uint8)
-            rows = [torch.empty_like(padded) for _ in range(self.count)]
-            dist.all_gather(rows, padded)
+        self._done(dist.all_reduce(sizes, async_op=True))
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+        padded[: len(mine)] = torch.frombuffer(mine, dtype=torch.uint8)
+        rows = [torch.empty_like(padded) for _ in range(self.count)]
+        self._done(dist.all_gather(rows, padded, async_op=True))
         return [
             json.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes.tolist(), strict=True)
         ]
@@ -97,29 +107,39 @@ class Ranks:
         if self.own_devices:
             # A process that is gone is noticed here, and not in a kernel which nobody can wake.
             self.wait()
-        with self._noticing():
-            for tensor in tensors:
-                there = tensor if self.own_devices else tensor.cpu()
-                there = there.contiguous()
-                exchange(there)
-                if there is not tensor:
-                    tensor.copy_(there)
+        for tensor in tensors:
+            there = (tensor if self.own_devices else tensor.cpu()).contiguous()
+            if there.is_cuda:
+                # Queued on the device. That all of them have come to it is known.
+                exchange(there).wait()
+            else:
+                self._done(exchange(there))
+            if there is not tensor:
+                tensor.copy_(there)
 
-    @contextmanager
-    def _noticing(self) -> Iterator[None]:
+    def _done(self, work: Any) -> None:
+        """Wait for an exchange to be done; in between look whether one of the others has said that it will not come."""
+        while True:
+            try:
+                work.wait(_LOOK_EVERY)
+                return
+            except RuntimeError as error:
+                why = self._why()
+                if why is not None:
+                    raise LeftAloneError(why) from error
+                if work.is_completed():
+                    self._check(work)
+                    return
+
+    def _check(self, work: Any) -> None:
         try:
-            yield
+            work.wait()
         except RuntimeError as error:
-            raise LeftAloneError(self._why()) from error
+            raise LeftAloneError(_LOST) from error
 
-    def _why(self) -> str:
+    def _why(self) -> str | None:
         assert self.store is not None
-        if self.store.check([FAILED]):
-            return str(self.store.get(FAILED).decode())
-        return (
-            "another process of this run ended without saying why: killed by hand or, more often, for its memory; "
-            "the same command goes on from the last finished window, with as many processes as you like"
-        )
+        return str(self.store.get(FAILED).decode()) if self.store.check([FAILED]) else None
 
 
 ALONE = Ranks()

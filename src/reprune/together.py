@@ -55,6 +55,7 @@ def _lead(arguments: Sequence[str]) -> None:
             mine.tell(None if dry else plan.folder.id)
         with exit_codes(working=True, interrupted="the same command goes on from the last finished window"):
             if dry:
+                mine.part()
                 dry_run.show(plan)
             else:
                 do(plan)
@@ -66,7 +67,9 @@ def _follow(arguments: Sequence[str]) -> None:
         _check_place()
         mine = _meet(store)
         run = mine.tell(None)
-        if run is not None:
+        if run is None:
+            mine.part()
+        else:
             from reprune.following import follow
 
             plan = _planned(arguments, mine)
@@ -135,23 +138,18 @@ def _meet(store: Store) -> Ranks:
     return Ranks(number, count, store)
 
 
-def _leave() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @contextmanager
 def _leading() -> Iterator[Store]:
-    """However it ends: the others are let go when all is said."""
+    """However it ends: the others, which wait for that where they failed, are let go when all is said."""
     store = _store()
     signal.signal(signal.SIGTERM, _told_to_end)
     try:
         yield store
+    except BaseException:
+        store.compare_set(ranks.FAILED, "", "the first process failed")
+        raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _leave()
         store.set(_TOLD, "")
 
 
@@ -173,10 +171,8 @@ def _following() -> Iterator[Store]:
     except BaseException as error:
         if not isinstance(error, LeftAloneError):
             store.compare_set(ranks.FAILED, "", _in_words(error))
-        _leave()
         store.wait([_TOLD], _PATIENCE)
         raise SystemExit(FAILED) from None
-    _leave()
 
 
 def _in_words(error: BaseException) -> str:
