@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reprune.calibration.source import TextSet
 from reprune.engine.activations import Activations, Stores
@@ -72,16 +72,28 @@ class Chains:
 
     @torch.no_grad()
     def observe(
-        self, block: int, inputs: Boundary, only: Sequence[TextSet], at_most: int | None = None
+        self,
+        block: int,
+        inputs: Boundary,
+        only: Sequence[TextSet],
+        at_most: int | None = None,
+        *,
+        last: nn.Module | None = None,
     ) -> None:
-        """Run a block for the sake of its hooks, on all or `at_most` batches a text; the outputs are not kept."""
+        """Run a block for the sake of its hooks, on all or `at_most` batches a text; the outputs are not kept.
+
+        With `last`, a module within the block, nothing is computed from it on.
+        """
         model, plan = self.model, self.model.plan
         for text in only:
             source = inputs[text.key]
             for where in islice(source.batches(plan.sequences_a_pass(source.length)), at_most):
                 hidden = source.read(where, plan)
                 call = model.call(block, len(hidden), source.length, source.positions(where))
-                call.run(model.blocks[block], hidden)
+                if last is None:
+                    call.run(model.blocks[block], hidden)
+                else:
+                    call.run_up_to(model.blocks[block], hidden, last)
 
     def advance_dense(self, block: int) -> None:
         """x̄_{i+1} from x̄_i; the block must still have its dense weights."""
