@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reprune.errors import ConfigError
+from reprune.model.device import kth_lowest
 from reprune.sparsity.patterns import Group, KeptOfGroup, Unstructured, count_removed, keep_highest
 
 ROWS, COLUMNS = 3, 8
@@ -31,6 +32,15 @@ def test_exact_count_of_the_lowest_whatever_ties(scores: torch.Tensor, removed: 
         assert int((~kept).sum()) == removed
         if 0 < removed < COLUMNS:
             assert row[~kept].max() <= row[kept].min()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kth_lowest_of_each_row(dtype: torch.dtype) -> None:
+    """Catches a count from zero, and a selection along the other dimension."""
+    rows = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows[1, 7] = -torch.inf
+    for k in (1, 20, 50):
+        assert torch.equal(kth_lowest(rows, k), rows.sort(dim=1).values[:, k - 1, None])
 
 
 def test_among_equals_the_first_go() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from reprune.engine.statistics import InputStatistics
 from reprune.errors import ConfigError, RunError
 from reprune.pruning.contract import LayerContext
 from reprune.pruning.sparsegpt import SparseGPT
+from reprune.pruning.together import pruned_in_turn
 from reprune.sparsity.patterns import KeptOfGroup, Unstructured
 from support import layer_context
 
@@ -179,3 +182,36 @@ def test_block_size_must_hold_whole_groups() -> None:
     weight, inputs = _data(24, seed=1)
     with pytest.raises(ConfigError, match="block_size"):
         SparseGPT(block_size=6).prune(layer_context(weight, inputs), KeptOfGroup(kept=2, group=4), 0.5)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), KeptOfGroup(kept=2, group=4)])
+def test_layers_with_one_input_are_pruned_as_if_alone(pattern: Unstructured | KeptOfGroup) -> None:
+    """Catches masks chosen over the rows of several layers, one sparsity for all, and rows that end in another layer."""
+    weight, inputs = _data(40, seed=21)
+    first = layer_context(weight, inputs)
+    removed = torch.zeros(2 * ROWS, 40, dtype=torch.bool)
+    removed[:, 3] = True
+    second = replace(first, name="other", weight=torch.cat([3 * weight.flip(0), weight]), removed=removed)
+    third = replace(first, name="third", weight=-0.1 * weight)
+    shares = [0.25, 0.5, 0.75] if isinstance(pattern, Unstructured) else [0.25, 0.5, 0.5]
+    layers = {layer.name: layer for layer in (first, second, third)}
+    together = dict(zip(layers, SparseGPT(block_size=16).prune_together(list(layers.values()), pattern, shares), strict=True))  # fmt: skip
+    for (name, layer), share in zip(layers.items(), shares, strict=True):
+        alone = SparseGPT(block_size=16).prune(layer, pattern, share)
+        assert torch.equal(together[name].keep, alone.keep)
+        torch.testing.assert_close(together[name].weight, alone.weight, rtol=1e-4, atol=1e-5)
+    assert not together["other"].keep[:, 3].any()
+
+
+def test_only_layers_with_one_input_meet() -> None:
+    """Catches layers that are swept by another layer's Hessian, and a layer that is lost or pruned twice."""
+    weight, inputs = _data(24, seed=2)
+    shared, other = layer_context(weight, inputs), layer_context(weight, inputs[:, torch.arange(23, -1, -1)])
+    layers = {"q": shared, "o": other, "k": replace(shared, weight=2 * weight)}
+    shares = {"q": 0.5, "o": 0.5, "k": 0.25}
+    found = list(pruned_in_turn(SparseGPT(), layers, Unstructured(), shares))
+    assert sorted(name for name, _, _ in found) == ["k", "o", "q"]
+    for name, pruned, _ in found:
+        alone = SparseGPT().prune(layers[name], Unstructured(), shares[name])
+        assert torch.equal(pruned.keep, alone.keep)
+        torch.testing.assert_close(pruned.weight, alone.weight, rtol=1e-4, atol=1e-5)

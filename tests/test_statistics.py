@@ -66,6 +66,20 @@ def test_a_feature_is_dead_only_if_every_token_has_it_zero() -> None:
     assert statistics.gram is None
 
 
+@pytest.mark.parametrize("num_features", [191, 193, 400, 1700])
+def test_a_gram_by_panels_is_whole(num_features: int) -> None:
+    """Catches columns between panels, a panel's own block taken twice, and a side below the diagonal of one batch only."""
+    inputs = torch.randn(9, num_features, generator=torch.Generator().manual_seed(num_features))
+    statistics = InputStatistics()
+    for part in inputs.split(4):
+        statistics.add(part, with_gram=True)
+    assert statistics.gram is not None
+    assert torch.equal(statistics.gram, statistics.gram.T)
+    exact = inputs.double()
+    torch.testing.assert_close(statistics.gram.double(), exact.T @ exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(statistics.norm.double(), exact.norm(dim=0), rtol=1e-5, atol=1e-6)
+
+
 def _inputs_of_linears(model: LoadedModel, texts: Texts) -> dict[str, Tensor]:
     """Float64 inputs [tokens, d_in] of block 0's linears over the mask texts, from plain forward passes."""
     found: dict[str, list[Tensor]] = {}
@@ -122,6 +136,52 @@ def test_layers_with_one_input_share_one_accumulator(
     if with_gram:
         first = attention[0].inverse_factor(0.01, "here")
         assert attention[2].inverse_factor(0.01, "here")[0] is first[0]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "last"), [("llama", "mlp.down_proj"), ("gpt2", "mlp.c_proj"), ("mixtral", None)]
+)
+def test_nothing_is_computed_behind_the_last_layer(
+    make_model: MakeModel, tmp_path: Path, architecture: str, last: str | None
+) -> None:
+    """Catches a product that no statistic reads, and a pass that is left where a router may yet call other experts."""
+    model = make_model(architecture, num_blocks=1)
+    texts = Texts(mask=[random_text("mask")])
+    chains = Chains(model, texts.all, Stores(torch.float32, 32, tmp_path, on_disk=False))
+    views = model.linears[0]
+    with collecting(views, with_gram=True) as whole, torch.no_grad():
+        model.base(input_ids=texts.mask[0].tokens_NT, use_cache=False)
+    ended = []
+    handle = model.blocks[0].register_forward_hook(lambda module, given, output: ended.append(given[0].shape))
+    found = collect(chains, 0, chains.pruned, texts.mask, views, True)
+    handle.remove()
+    assert (torch.Size([6, 12, 32]) in ended) == (last is None)
+    assert list(found) == list(whole)
+    assert last is None or last == list(views)[-1]
+    for name, statistics in found.items():
+        assert statistics.num_tokens == whole[name].num_tokens
+        torch.testing.assert_close(statistics.gram, whole[name].gram, rtol=1e-5, atol=1e-5)
+
+
+class _Twice(nn.Module):
+    """A linear that is called twice with different inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, hidden: Tensor, *positional: object, **keywords: object) -> Tensor:
+        return self.linear(self.linear(hidden))  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_is_called_twice_is_seen_twice(make_model: MakeModel, tmp_path: Path) -> None:
+    """Catches a pass that is left at the first call of the last layer."""
+    model = make_model("llama", num_blocks=1)
+    model.blocks[0] = _Twice()
+    texts = Texts(mask=[random_text("mask")])
+    chains = Chains(model, texts.all, Stores(torch.float32, 32, tmp_path, on_disk=False))
+    found = collect(chains, 0, chains.pruned, texts.mask, linears_of(model.blocks[0]), False)
+    assert found["linear"].num_tokens == 2 * 6 * 12
 
 
 class _Freed(nn.Module):

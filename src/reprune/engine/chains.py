@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reprune.calibration.source import TextSet
 from reprune.engine.activations import Activations, Stores
@@ -85,11 +85,18 @@ class Chains:
 
     @torch.no_grad()
     def observe(
-        self, block: int, inputs: Boundary, only: Sequence[TextSet], at_most: int | None = None
+        self,
+        block: int,
+        inputs: Boundary,
+        only: Sequence[TextSet],
+        at_most: int | None = None,
+        *,
+        last: nn.Module | None = None,
     ) -> None:
         """Run a block for the sake of its hooks, on all batches of a text or `at_most` so many; the outputs are not kept.
 
-        Each process runs its share of all batches; with `at_most` every one runs the same.
+        Each process runs its share of all batches; with `at_most` every one runs the same. With `last`, a module within
+        the block, nothing is computed from it on.
         """
         model, plan = self.model, self.model.plan
         for text in only:
@@ -98,7 +105,10 @@ class Chains:
             for where in self.batches(source) if at_most is None else islice(every, at_most):
                 hidden = source.read(where, plan)
                 call = model.call(block, len(hidden), source.length, source.positions(where))
-                call.run(model.blocks[block], hidden)
+                if last is None:
+                    call.run(model.blocks[block], hidden)
+                else:
+                    call.run_up_to(model.blocks[block], hidden, last)
 
     def advance_dense(self, block: int) -> None:
         """x̄_{i+1} from x̄_i; the block must still have its dense weights."""

@@ -29,6 +29,7 @@ from reprune.pruning.contract import (
     UnitPruner,
 )
 from reprune.pruning.refinement import refined
+from reprune.pruning.together import pruned_in_turn
 from reprune.reconstruction.technique import Technique
 from reprune.resources import StageMeter
 from reprune.seeding import generator
@@ -155,13 +156,13 @@ class BlockPruning:
             for name, pruned in found.items():
                 yield name, pruned, each
             return
-        for name, layer in layers.items():
+        for name, pruned, seconds in pruned_in_turn(plan.pruner, layers, plan.pattern, shares):
             start = time.perf_counter()
-            pruned = plan.pruner.prune(layer, plan.pattern, shares[name])
             if plan.refinement is not None:
+                layer = layers[name]
                 judged = replace(layer, statistics=refining.get(name, layer.statistics))
                 pruned = refined(plan.refinement, judged, pruned, plan.pattern)
-            yield name, pruned, time.perf_counter() - start
+            yield name, pruned, seconds + time.perf_counter() - start
 
     def _write(
         self,

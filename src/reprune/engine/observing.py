@@ -14,27 +14,50 @@ from reprune.engine.chains import Boundary, Chains
 from reprune.engine.statistics import InputStatistics, collecting
 from reprune.errors import RunError
 from reprune.model.coupling import Coupling
+from reprune.model.description import hidden_size_of
 from reprune.model.linears import LinearView
 from reprune.reconstruction.pairs import PairStatistics
 
 Views = Mapping[str, LinearView]
+_TRACED_TOKENS = 4
 
 
 def collect(
     chains: Chains, block: int, inputs: Boundary, texts: Sequence[TextSet], views: Views, with_gram: bool
 ) -> dict[str, InputStatistics]:
     """Input statistics of some layers of a block, whose weights are as they are now. RunError for a layer not called."""
-    with (
-        chains.model.holding(chains.model.blocks[block]),
-        collecting(views, with_gram, chains.ranks) as found,
-    ):
-        chains.observe(block, inputs, texts)
+    with chains.model.holding(chains.model.blocks[block]):
+        last = _last_called(chains, block, views)
+        with collecting(views, with_gram, chains.ranks) as found:
+            chains.observe(block, inputs, texts, last=last)
     missed = [name for name in views if name not in found]
     if missed:
         raise RunError(
             f"block {block}, layer {missed[0]}: it was not called in the forward pass, so it has no statistics"
         )
     return found
+
+
+@torch.no_grad()
+def _last_called(chains: Chains, block: int, views: Views) -> nn.Module | None:
+    """The layer behind which no other of `views` is called; None where each pass may call others, or one more than once."""
+    model = chains.model
+    if any(view.is_expert for view in views.values()):
+        return None
+    called: list[nn.Module] = []
+    handles = [
+        view.module.register_forward_pre_hook(lambda module, _: called.append(module))
+        for view in views.values()
+    ]
+    try:
+        # Any states will do: only what is called is looked at.
+        hidden = torch.zeros(1, _TRACED_TOKENS, hidden_size_of(model.model), dtype=model.plan.dtype)
+        call = model.call(block, 1, _TRACED_TOKENS)
+        call.run(model.blocks[block], hidden.to(model.plan.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called[-1] if len(called) == len(views) == len(set(called)) else None
 
 
 def collect_projected(

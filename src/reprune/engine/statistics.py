@@ -16,6 +16,8 @@ from reprune.model.linears import LinearView
 from reprune.ranks import ALONE, Ranks, groups_of
 
 MAX_DAMP = 1.0
+PANELS = 8
+PANEL_COLUMNS = 192
 STARVED = "no token was routed here: ranked by its weights alone"
 
 
@@ -48,6 +50,7 @@ class InputStatistics:
     gram: Tensor | None = None
     notes: list[str] = field(default_factory=list)
     _factors: dict[float, tuple[Tensor, list[str]]] = field(default_factory=dict)
+    _inverses: dict[float, Tensor] = field(default_factory=dict)
     _spectra: dict[float, Spectrum] = field(default_factory=dict)
 
     @classmethod
@@ -62,12 +65,10 @@ class InputStatistics:
         """Add the tokens of `inputs` [..., d_in]."""
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         if self.sum_squares is None:
-            wide = torch.float32 if x.device.type == "mps" else torch.float64
-            self.sums = torch.zeros(x.shape[1], device=x.device, dtype=wide)
-            self.sum_squares = torch.zeros_like(self.sums)
-            self.gram = torch.zeros(x.shape[1], x.shape[1], device=x.device) if with_gram else None
+            self._begin(x.shape[1], x.device, with_gram)
         self.num_tokens += len(x)
         assert self.sums is not None
+        assert self.sum_squares is not None
         if len(x):
             # Around a value near their mean float32 is enough, so that only vectors are computed with in float64.
             near = x.mean(dim=0)
@@ -76,15 +77,22 @@ class InputStatistics:
             self.sums += beside + len(x) * offset
             self.sum_squares += rest.square_().sum(dim=0) + offset * (2 * beside + len(x) * offset)
         if self.gram is not None:
-            self.gram.addmm_(x.T, x)
+            _add_products(self.gram, x)
+
+    def _begin(self, num_features: int, device: torch.device, with_gram: bool) -> None:
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(num_features, device=device, dtype=wide)
+        self.sum_squares = torch.zeros_like(self.sums)
+        self.gram = torch.zeros(num_features, num_features, device=device) if with_gram else None
 
     def sum_over(
         self, ranks: Ranks, num_tokens: int, num_features: int, device: torch.device, with_gram: bool
     ) -> None:
         """Make the sums those of all processes, which saw `num_tokens` together; one that saw none has zeros to add."""
         if self.sums is None or self.sum_squares is None:
-            self.sums, self.sum_squares = torch.zeros(2, num_features, device=device)
-            self.gram = torch.zeros(num_features, num_features, device=device) if with_gram else None
+            self._begin(num_features, device, with_gram)
+        assert self.sums is not None
+        assert self.sum_squares is not None
         ranks.sum_([self.sums, self.sum_squares, *([] if self.gram is None else [self.gram])])
         self.num_tokens = num_tokens
 
@@ -114,35 +122,30 @@ class InputStatistics:
         assert self.sum_squares is not None
         return self.sum_squares == 0
 
-    def inverse_factor(self, damp: float, place: str) -> tuple[Tensor, list[str]]:
-        """C, the upper Cholesky factor of (H + damp · mean(diag H) · I)⁻¹ with H = 2/n Σ x xᵀ, and remarks.
+    def factor(self, damp: float, place: str) -> tuple[Tensor, list[str]]:
+        """U, upper, with U Uᵀ = H + damp · mean(diag H) · I and H = 2/n Σ x xᵀ; and remarks.
 
         Dead features get H_jj = 1. A factorisation that fails is tried again with ten times the dampening, which is
         remarked; RunError, naming `place`, when dampening by the mean itself does not help. Computed once for all
         layers that share the input.
         """
         if damp not in self._factors:
-            self._factors[damp] = self._inverse_factor(damp, place)
+            upper, _, notes = self.dampened(damp, _upper_factor, "factorisation failed", place)
+            self._factors[damp] = upper, notes
         return self._factors[damp]
 
-    def _inverse_factor(self, damp: float, place: str) -> tuple[Tensor, list[str]]:
-        def factorise(damped: Tensor) -> Tensor | None:
-            # H = U Uᵀ with U upper, from the Cholesky factor of H with rows and columns reversed; then C = U⁻¹:
-            # one factorisation and one triangular solve instead of two factorisations and an inverse.
-            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if failed:
-                return None
-            identity = torch.eye(len(damped), device=damped.device)
-            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            return factor if bool(torch.isfinite(factor).all()) else None
-
-        factor, _, notes = self.dampened(damp, factorise, "factorisation failed", place)
-        return factor, notes
+    def inverse_factor(self, damp: float, place: str) -> tuple[Tensor, list[str]]:
+        """C, the upper Cholesky factor of (U Uᵀ)⁻¹ with U as in `factor`, whose inverse it is; and the same remarks."""
+        if damp not in self._inverses:
+            upper, _ = self.factor(damp, place)
+            identity = torch.eye(len(upper), device=upper.device)
+            self._inverses[damp] = torch.linalg.solve_triangular(upper, identity, upper=True)
+        return self._inverses[damp], self._factors[damp][1]
 
     def spectrum(self, damp: float, place: str) -> Spectrum:
         """H + damp · mean(diag H) · I, and its eigenvalues and eigenvectors once its diagonal is scaled to one.
 
-        H and what happens to dead features and to a matrix that is singular as in `inverse_factor`. Computed once for
+        H and what happens to dead features and to a matrix that is singular as in `factor`. Computed once for
         all layers that share the input.
         """
         if damp not in self._spectra:
@@ -186,6 +189,24 @@ class InputStatistics:
                 )
             tried = min(MAX_DAMP, max(tried, 1e-3) * 10)
             notes.append(f"{failure}, tried again with dampening {tried:g}")
+
+
+def _add_products(gram: Tensor, x: Tensor) -> None:
+    """Add xᵀx by panels of columns, each from the diagonal on: what lies below it is what lies above."""
+    width = max(PANEL_COLUMNS, -(-len(gram) // PANELS))
+    for first in range(0, len(gram), width):
+        panel, later = slice(first, first + width), slice(first + width, None)
+        gram[panel, first:].addmm_(x[:, panel].T, x[:, first:])
+        gram[later, panel] = gram[panel, later].T
+
+
+def _upper_factor(hessian: Tensor) -> Tensor | None:
+    """U, upper, with U Uᵀ = H, from the Cholesky factor of H with rows and columns reversed; None where there is none."""
+    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    if failed or not bool(torch.isfinite(lower.diagonal().reciprocal()).all()):
+        return None
+    upper: Tensor = lower.flip(0, 1)
+    return upper
 
 
 def if_definite(hessian: Tensor) -> Tensor | None:

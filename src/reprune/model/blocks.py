@@ -77,6 +77,22 @@ class BlockCall:
             return hidden_of(functional_call(block, dict(weights), positional, self.keywords))
         return hidden_of(block(*positional, **self.keywords))
 
+    def run_up_to(self, block: nn.Module, hidden_BTH: Tensor, last: nn.Module) -> None:
+        """Run the block for the sake of its hooks, those of `last` included; neither `last` nor what follows is computed."""
+
+        def stop(module: nn.Module, positional: tuple[Any, ...]) -> None:
+            raise _Reached(hidden_BTH)
+
+        # Behind the hooks that are there already.
+        handle = last.register_forward_pre_hook(stop)
+        try:
+            self.run(block, hidden_BTH)
+        except _Reached:
+            return
+        finally:
+            handle.remove()
+        raise AssertionError("the module was not called")
+
 
 class _Reached(Exception):  # noqa: N818 (no error: it ends a forward pass at the module that was asked for)
     def __init__(self, output: Tensor) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
@@ -113,6 +114,14 @@ class DevicePlan:
     def peak_bytes(self) -> int | None:
         """High-water mark of device memory since `reset_peak`; None where the device is the host."""
         return int(torch.cuda.max_memory_allocated(self.device)) if self.kind == "cuda" else None
+
+
+def kth_lowest(rows: Tensor, k: int) -> Tensor:
+    """The k-th lowest value of each of `rows` [number, n], k from 1: [number, 1]."""
+    if rows.device.type == "cpu" and rows.dtype == torch.float32:
+        # The same number in half the time.
+        return torch.from_numpy(np.partition(rows.numpy(), k - 1, axis=1)[:, k - 1, None])
+    return rows.kthvalue(k, dim=1, keepdim=True).values
 
 
 def release_memory() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,6 +23,9 @@ class SparseGPT:
     H = 2/n Σ x xᵀ + damp · mean(diag H) · I, C the upper Cholesky factor of H⁻¹. Scores W_ij²/C_jj² of the already
     updated weights; unstructured removes the lowest share over all rows × `block_size` columns jointly, N:M decides
     when the sweep reaches the group. A removed weight's error e = w/C_jj moves to the later columns: W_:,j: −= e C_j,j:.
+
+    H is never inverted. With H = U Uᵀ, U = C⁻¹ upper, and D = W − Ŵ in the columns before block b, all errors so far
+    make of the block W_b + D U_:,b C_bb, where C_bb = U_bb⁻¹ is only as large as the block.
     """
 
     damp: float = 0.01
@@ -52,61 +55,97 @@ class SparseGPT:
 
     def prune(self, layer: LayerContext, pattern: Pattern, sparsity: float) -> Pruned:
         """See Pruner."""
+        [pruned] = self.prune_together([layer], pattern, [sparsity])
+        return pruned
+
+    def prune_together(
+        self, layers: Sequence[LayerContext], pattern: Pattern, sparsities: Sequence[float]
+    ) -> list[Pruned]:
+        """See JointPruner: one sweep over the rows of all layers, masks by layer."""
         self.check(pattern)
-        group = pattern.columns
-        factor, notes = layer.inputs.inverse_factor(self.damp, f"block {layer.block}, layer {layer.name}")
+        inputs, names = layers[0].inputs, ", ".join(layer.name for layer in layers)
+        upper, notes = inputs.factor(self.damp, f"block {layers[0].block}, layer {names}")
         # A copy in any case: the transpose of a weight that is stored transposed is contiguous as it is.
-        weight_T = layer.weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        weight_T[layer.inputs.dead] = 0
-        keep_T = torch.ones_like(weight_T, dtype=torch.bool)
-        removed_T = None if layer.removed is None else layer.removed.T
-        for start in range(0, len(weight_T), self.block_size):
-            stop = min(start + self.block_size, len(weight_T))
-            inner = factor[start:stop, start:stop]
-            block_T, block_keep_T = weight_T[start:stop], keep_T[start:stop]
-            removed = None if removed_T is None else removed_T[start:stop]
-            if group is None:
-                scores = (block_T / inner.diagonal()[:, None]).square()
+        change_T = torch.cat([layer.weight.T.float() for layer in layers], dim=1).contiguous()
+        change_T[inputs.dead] = 0
+        weight_T = torch.empty_like(change_T)
+        keep_T = torch.ones_like(change_T, dtype=torch.bool)
+        choice = _Choice(layers, pattern, sparsities)
+        for start in range(0, len(upper), self.block_size):
+            block = slice(start, start + self.block_size)
+            inner = upper[block, block]
+            identity = torch.eye(len(inner), device=inner.device)
+            factor = torch.linalg.solve_triangular(inner, identity, upper=True)
+            torch.addmm(
+                change_T[block],
+                factor.T,
+                upper[:start, block].T @ change_T[:start],
+                out=weight_T[block],
+            )
+            _sweep(weight_T[block], keep_T[block], factor, choice, start)
+            # What was the dense weight becomes what is gone from it.
+            change_T[block] -= weight_T[block]
+        found, end = [], 0
+        for layer in layers:
+            own = slice(end, end := end + len(layer.weight))
+            require_finite(weight_T[:, own], layer)
+            weight = weight_T[:, own].T.to(layer.weight.dtype).contiguous()
+            found.append(Pruned(weight, keep_T[:, own].T.contiguous(), notes))
+        return found
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Masks of layers whose rows lie beside one another, each layer's from its own scores."""
+
+    layers: Sequence[LayerContext]
+    pattern: Pattern
+    sparsities: Sequence[float]
+
+    def write(self, keep_T: Tensor, scores_T: Tensor, first: int) -> None:
+        """The masks of the columns from `first` on; both [columns, rows of all layers]."""
+        end = 0
+        for layer, sparsity in zip(self.layers, self.sparsities, strict=True):
+            own = slice(end, end := end + len(layer.weight))
+            scores = scores_T[:, own]
+            if self.pattern.columns is None:
                 require_finite(scores, layer)
-                scores = rank_first(scores, removed)
-                block_keep_T.copy_(pattern.keep(scores, sparsity, Group.MATRIX))
-            errors_T = _sweep(block_T, block_keep_T, removed, inner, pattern, sparsity)
-            weight_T[stop:] -= factor[start:stop, stop:].T @ errors_T
-        require_finite(weight_T, layer)
-        return Pruned(weight_T.T.to(layer.weight.dtype).contiguous(), keep_T.T.contiguous(), notes)
+            if layer.removed is not None:
+                scores = rank_first(scores, layer.removed.T[first : first + len(scores)])
+            if self.pattern.columns is None:
+                keep_T[:, own] = self.pattern.keep(scores, sparsity, Group.MATRIX)
+            else:
+                keep_T[:, own] = self.pattern.keep(scores.T.contiguous(), sparsity, Group.ROW).T
 
 
-def _sweep(
-    weight_T: Tensor,
-    keep_T: Tensor,
-    removed_T: Tensor | None,
-    factor: Tensor,
-    pattern: Pattern,
-    sparsity: float,
-) -> Tensor:
-    """Go through one block's columns in order, changing `weight_T` and, for N:M, `keep_T` [columns, d_out] in place.
+def _sweep(weight_T: Tensor, keep_T: Tensor, factor: Tensor, choice: _Choice, start: int) -> None:
+    """Go through one block's columns, from `start` on, in order, changing `weight_T` and `keep_T` [columns, rows] in place.
 
-    Updates reach a few columns at once and the rest of the block by one product. Returns the errors [columns, d_out].
+    Updates reach a few columns at once, and the next few by one product.
     """
-    group = pattern.columns
+    group = choice.pattern.columns
     step = SWEEP_COLUMNS if group is None else group * max(1, SWEEP_COLUMNS // group)
-    errors_T = torch.zeros_like(weight_T)
-    diagonal = factor.diagonal().tolist()
+    diagonal = factor.diagonal()[:, None]
+    # 1/C_jj where a weight goes, zero where it stays.
+    pull_T = torch.empty_like(weight_T)
+
+    def decide(first: int, last: int) -> None:
+        some = slice(first, last)
+        choice.write(keep_T[some], (weight_T[some] / diagonal[some]).square_(), start + first)
+        pull_T[some] = ~keep_T[some] / diagonal[some]
+
+    if group is None:
+        decide(0, len(weight_T))
+    errors_T = torch.empty_like(weight_T)
     for first in range(0, len(weight_T), step):
         last = min(first + step, len(weight_T))
-        for column in range(first, last):
-            if group is not None and (column - first) % group == 0:
-                chosen = slice(column, column + group)
-                scores = (weight_T[chosen] / factor.diagonal()[chosen, None]).square()
-                scores = rank_first(scores, None if removed_T is None else removed_T[chosen])
-                keep_T[chosen] = pattern.keep(scores.T.contiguous(), sparsity, Group.ROW).T
-            weights = weight_T[column]
-            torch.div(weights, diagonal[column], out=errors_T[column]).masked_fill_(keep_T[column], 0)
-            weights.mul_(keep_T[column])
-            if column + 1 < last:
-                weight_T[column + 1 : last].addr_(
-                    factor[column, column + 1 : last], errors_T[column], alpha=-1
-                )
-        if last < len(weight_T):
-            weight_T[last:] -= factor[first:last, last:].T @ errors_T[first:last]
-    return errors_T
+        few_T, own = weight_T[first:last], factor[first:last, first:last]
+        few_T.addmm_(factor[:first, first:last].T, errors_T[:first], alpha=-1)
+        columns = zip(few_T, pull_T[first:last], errors_T[first:last], own, strict=True)
+        for column, (weights, pull, errors, row) in enumerate(columns, start=1):
+            if group is not None and (column - 1) % group == 0:
+                decide(first + column - 1, first + column - 1 + group)
+            torch.mul(weights, pull, out=errors)
+            if first + column < last:
+                few_T[column:].addr_(row[column:], errors, alpha=-1)
+    weight_T.masked_fill_(~keep_T, 0)

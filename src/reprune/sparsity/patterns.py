@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reprune.errors import ConfigError, require_positive
+from reprune.model.device import kth_lowest
 
 
 class Group(Enum):
@@ -77,7 +78,10 @@ def keep_highest(scores: Tensor, removed: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if removed == scores.shape[1]:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(removed, dim=1, keepdim=True).values
+    threshold = kth_lowest(scores, removed)
+    lowest = scores <= threshold
+    if int(torch.count_nonzero(lowest)) == removed * len(scores):
+        return ~lowest
     below = scores < threshold
     equal = scores == threshold
     still = removed - below.sum(dim=1, keepdim=True)
