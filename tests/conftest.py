@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,34 @@ def _quiet_and_single_threaded(request: pytest.FixtureRequest, monkeypatch: pyte
         torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny runs flush dozens of files; what a flush is for only a process that dies can show, and those do flush."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 @pytest.fixture(scope="session")
-def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of this session, for the models that are made."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def own_results(model_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache in which nothing is found that another test computed; tiny models are made once a session."""
+    for kind in model_cache.iterdir():
+        if kind.name != "models":
+            shutil.rmtree(kind)
+    monkeypatch.setenv("REPRUNE_CACHE", str(model_cache))
+
+
+@pytest.fixture(scope="session")
+def make_model(model_cache: Path) -> MakeModel:
     """`load_tiny` with its folders in a cache of this session; every call gives a fresh model."""
-    cache = tmp_path_factory.mktemp("models")
 
     def make(architecture: str = "llama", **choices: Any) -> LoadedModel:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("REPRUNE_CACHE", str(cache))
+            patch.setenv("REPRUNE_CACHE", str(model_cache))
             return load_tiny(architecture, **choices)
 
     return make

@@ -26,6 +26,8 @@ from reprune.model.loading import LoadedModel
 from reprune.seeding import generator
 from support import ARCHITECTURES, load_tiny, random_text, state_of
 
+pytestmark = pytest.mark.usefixtures("own_results")
+
 BOTH = ("self_attn", "mlp")
 SMALLER: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
@@ -228,12 +230,6 @@ def _forbidden(*arguments: Any) -> Any:
     raise AssertionError("nothing is left to load a model for")
 
 
-@pytest.fixture
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REPRUNE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.mark.usefixtures("_own_cache")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_run_writes_it_beside_the_model(
     dtype: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -259,7 +255,6 @@ def test_run_writes_it_beside_the_model(
     assert run_tiny(tmp_path, *asked)[1] == result
 
 
-@pytest.mark.usefixtures("_own_cache")
 def test_later_command_writes_it(tmp_path: Path) -> None:
     """Catches an export that counts as done without its folder, and a record that a later evaluation empties."""
     plan, first = run_tiny(tmp_path, *STRUCTURED)
@@ -278,7 +273,6 @@ def test_later_command_writes_it(tmp_path: Path) -> None:
     assert evaluated["compact"] == later["compact"]
 
 
-@pytest.mark.usefixtures("_own_cache")
 def test_what_a_killed_run_left_is_written_anew(tmp_path: Path) -> None:
     """Catches files of two attempts in one folder, and a folder without its entry in the record."""
     plan, _ = run_tiny(tmp_path, *STRUCTURED)
@@ -294,7 +288,6 @@ def test_what_a_killed_run_left_is_written_anew(tmp_path: Path) -> None:
     assert (folder / "compact" / "model.safetensors").is_file()
 
 
-@pytest.mark.usefixtures("_own_cache")
 @pytest.mark.parametrize("architecture", ["llama", "bloom"])
 def test_run_that_cannot_write_it_says_why_and_ends(
     architecture: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -347,9 +340,8 @@ def test_export_is_no_part_of_what_a_run_is(tmp_path: Path) -> None:
     assert beside.memory.disk - without.memory.disk == 4 * beside.shapes.num_parameters
 
 
-def test_half_precision_keeps_its_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_keeps_its_bits(tmp_path: Path) -> None:
     """Catches weights that pass through another dtype on their way."""
-    monkeypatch.setenv("REPRUNE_CACHE", str(tmp_path / "cache"))
     model = load_tiny("gemma2", dtype="bfloat16")
     compact(model, _prune(model)).model.save(tmp_path / "compact")
     made = load_file(tmp_path / "compact" / "model.safetensors")
