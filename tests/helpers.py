@@ -93,9 +93,11 @@ def wandb_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def timeless(value: Any) -> Any:
-    """The same without seconds, the one thing that two runs may differ in."""
+    """The same without seconds, measured or guessed, the one thing that two runs may differ in."""
     if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if key != "seconds"}
+        return {
+            key: timeless(item) for key, item in value.items() if key not in ("seconds", "guessed_seconds")
+        }
     return [timeless(item) for item in value] if isinstance(value, list) else value
 
 

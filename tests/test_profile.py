@@ -29,7 +29,6 @@ def test_profile_shows_stages_and_traces_one_window(
     rows = {line.rsplit(maxsplit=3)[0]: line.split()[-3:] for line in said.splitlines() if "%" in line}
     assert set(rows) == set(result["seconds"])
     assert sum(float(share.rstrip("%")) for _, share, _ in rows.values()) == pytest.approx(100, abs=1)
-    assert "times the" in said
 
 
 def test_without_it_nothing_is_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

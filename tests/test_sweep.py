@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from helpers import overrides_for, perplexity_on, plan_of, write_documents
-from reprune import arithmetic, job, pipeline, run
-from reprune.arithmetic import guessed_seconds
-from reprune.calibration.gather import cut_all
+from helpers import overrides_for, perplexity_on, write_documents
+from reprune import job, pipeline, run
 from reprune.compose import Composed, compose_run
 from reprune.errors import ConfigError, RunError
 from reprune.rules import check_rules, left_out
@@ -218,73 +215,6 @@ def test_hours_come_from_finished_runs(
     for more, words in expected.items():
         assert main("-m", "pruner=magnitude", "seed=0,1", "sweep.max_runs=1", *more) == 2
         assert words in capsys.readouterr().err, more
-
-
-def test_time_by_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an estimate that forgets training, the second block of a window, rounds, texts or evaluation."""
-    asked = []
-
-    def rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-        asked.append((device.type, dtype, threads))
-        return 1.0
-
-    monkeypatch.setattr(arithmetic, "_rate", rate)
-
-    def operations(*more: str) -> float:
-        return guessed_seconds(plan_of(tmp_path, "reconstruction=none", *more)) * arithmetic.SHARE
-
-    plan = plan_of(tmp_path, "reconstruction=none")
-    block = plan.shapes.num_block_parameters
-    texts, _ = cut_all(plan.requests, plan.tokenizer, None, 0)
-    trained = texts.reconstruction[0].tokens_NT.numel()
-    none = operations()
-    read = sum(text.tokens_NT.numel() for text in texts.all)
-    assert read > trained
-    assert none == pytest.approx(arithmetic.PASSES * 2 * block * read)
-    once = 6 * block * trained * 4
-    assert operations("reconstruction=br", "reconstruction.epochs=4") == pytest.approx(none + once)
-    assert operations("reconstruction=br_gp_cr", "reconstruction.epochs=4") == pytest.approx(none + 2 * once)
-    assert operations("schedule=iterative", "schedule.rounds=3") == pytest.approx(3 * none)
-    write_documents(tmp_path / "mine.jsonl")
-    evaluated = 2 * plan.shapes.num_parameters * 2 * 3 * 16
-    assert operations(*perplexity_on(mine=tmp_path / "mine.jsonl")) == pytest.approx(none + evaluated)
-    assert set(asked) == {("cpu", torch.float32, 1)}
-    monkeypatch.undo()
-    assert 1e6 < arithmetic._rate(torch.device("cpu"), torch.float32, 1) < 1e15
-
-
-def test_time_of_gradients_by_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches gradients that cost nothing, a whole model's that are counted in every round or on text they are not taken on."""
-    float32 = 4.0
-    monkeypatch.setattr(
-        arithmetic, "_rate", lambda _, dtype, threads: float32 if dtype == torch.float32 else 1.0
-    )
-
-    def seconds(*more: str) -> float:
-        given = ("reconstruction=none", "dtype=bfloat16", *more)
-        return guessed_seconds(plan_of(tmp_path, *given)) * arithmetic.SHARE
-
-    rounds = ("schedule=iterative", "schedule.rounds=3")
-    whole, block = (getattr(plan_of(tmp_path).shapes, f"num_{it}parameters") for it in ("", "block_"))
-    assert whole > block
-    tokens = 3 * 16
-    once, thrice = seconds("pruner=wanda"), seconds("pruner=wanda", *rounds)
-    model = 2 * block * tokens + 6 * whole * tokens / float32
-    for pruner in ("fisher", "gblm", "d_pruner"):
-        assert seconds(f"pruner={pruner}") == pytest.approx(once + model)
-        assert seconds(f"pruner={pruner}", *rounds) == pytest.approx(thrice + model)
-    own = 6 * block * tokens / float32
-    assert seconds("pruner=wanda_plus_plus") == pytest.approx(once + own)
-    assert seconds("pruner=wanda_plus_plus", *rounds) == pytest.approx(thrice + 3 * own)
-    parts = ["calibration=mixture", "calibration.num_sequences=null", "calibration.length=null"]
-    parts += ["calibration.parts.web=null", "calibration.parts.generated=null"]
-    for name, count in (("general", 5), ("law", 2)):
-        place = f"calibration.parts.{name}"
-        parts += [f"+calibration@{place}=vocabulary", f"{place}.num_sequences={count}", f"{place}.length=16"]
-    mixed = seconds("pruner=wanda", *parts)
-    asked = seconds("pruner=d_pruner", "pruner.domain=law", *parts)
-    assert asked == pytest.approx(mixed + model * 2 / 3)
-    assert seconds("pruner=d_pruner", *parts) == pytest.approx(mixed + model * 7 / 3)
 
 
 def test_above_a_cap(

@@ -1,20 +1,43 @@
-"""How long a run takes by its arithmetic alone: an order of magnitude, for where no finished run tells better."""
+"""How long a run takes by its arithmetic: a guess before anything is loaded, for where no finished run tells better."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 
 import torch
 
 from reprune.calibration.gather import Request
+from reprune.operations import Visits, columns, distinct, grams, products, solver_reads, sweeps
 from reprune.run_plan import RunPlan
 
-PASSES = 5
-"""Forward passes over every text: the dense chain, the pruned one for statistics, before, after and onwards."""
+FORWARD = 0.75
+"""Of the rate of a large matrix product, in forward passes.
 
-SHARE = 0.5
-"""Of the rate of a large matrix product."""
+This and what follows is rounded from one thread of a CPU: `benchmarks/cost_growth.py`, its table of 23 November 2026 in
+`experiments/results`, and runs of SmolLM2-135M. A GPU has other shares: there its table is to be made anew.
+"""
+
+TRAINING = 0.75
+"""The same in training steps and gradients."""
+
+FITTING = 0.9
+"""The same in Grams, their factors, sweeps and solvers."""
+
+CALL = 1e-3
+"""Seconds that a pass of a batch through a block takes beside its products."""
+
+STEP = 4e-3
+"""Seconds that a training step of a block takes beside its products."""
+
+COLUMN = 5e-5
+"""Seconds that a sweep's step over a column takes beside its products."""
+
+CHOOSING = 2000
+"""Operations in which a mask is chosen, a weight."""
 
 WRITING = 10
 """How many times the cost of reading a token is that of writing one."""
@@ -24,51 +47,112 @@ REPEATS = 3
 
 
 def guessed_seconds(plan: RunPlan) -> float:
-    """Seconds on this machine's device: forward passes, training steps, gradients that a method reads, perplexities; no
-    tasks, no pruner's own work.
+    """Seconds of a run on this machine's device: the sum of `guessed_stages`."""
+    return sum(guessed_stages(plan).values())
 
-    A forward pass takes 2 operations a parameter and token, a training step or gradient 6. The device's rate is measured once, by a
-    matrix product of the run's dtype and one of float32, which training and gradients are in.
+
+def guessed_stages(plan: RunPlan) -> dict[str, float]:
+    """Seconds by stage on this machine's device, of the stages of `StageMeter` in which something is computed.
+
+    A forward pass takes 2 operations a parameter and token, and 4 · length a token and hidden channel for attention; a
+    training step or gradient takes thrice that. A method that reads Grams is taken for SparseGPT: a factor of each, a
+    sweep over each layer. Masks chosen in another way count as one sorted list of scores; searches for masks, tasks
+    and layers that are pruned one after the other within a block are left out. The device's rate is measured once, by
+    a matrix product of the run's dtype and one of float32, which training, gradients and Grams are in.
     """
-    shapes, technique, device = plan.shapes, plan.technique, plan.device
-    read, written = 0, 0
-    for place, request in enumerate(plan.requests):
-        # Reconstruction data that are the mask data are read once.
-        if not any((it.role, it.source) == (request.role, request.source) for it in plan.requests[:place]):
-            read += _tokens(request)
-            written += _tokens(request) if request.source.needs_model else 0
-    evaluated = sum(text.tokens_NT.numel() for entry in plan.suite for text in entry.texts.values())
-    rounds = len(plan.steps)
-    forward = 2 * shapes.num_block_parameters * PASSES * rounds * read
-    forward += 2 * shapes.num_parameters * (2 * evaluated + WRITING * written)
-    training = 0
+    shapes, technique = plan.shapes, plan.technique
+    visits, rounds = Visits.of(plan), len(plan.steps)
+    # Reconstruction data that are the mask data are read once.
+    every = _Reading.of(plan, distinct(plan.requests))
+    mask, own = (_Reading.of(plan, plan.requests, use) for use in ("mask", "reconstruction"))
+    float32 = product_rate(plan.device.device, torch.float32, plan.device.num_threads)
+    training = TRAINING * float32
+
+    statistics = mask.forward * shapes.num_blocks * rounds if plan.needs.any else 0.0
+    pruning = sum(shapes.num_weights.values()) * CHOOSING * rounds / float32 if plan.needs.prunes else 0.0
+    if plan.needs.gram:
+        statistics += rounds * grams(shapes, mask.tokens) / (FITTING * float32)
+        pruning += rounds * (sweeps(shapes) / (FITTING * float32) + columns(shapes) * COLUMN)
+    layerwise = technique.layerwise
+    if layerwise is not None:
+        again, added = solver_reads(plan)
+        own_statistics = again * own.forward * shapes.num_blocks
+        own_statistics += added * grams(shapes, own.tokens) / (FITTING * float32)
+        statistics += visits.fitted * own_statistics
+        pruning += visits.fitted * layerwise.products * products(shapes) / (FITTING * float32)
+
+    reconstruction = 0.0
     if technique.trains:
-        own = [request for request in plan.requests if request.use == "reconstruction"]
-        steps = sum(map(_tokens, own)) * technique.epochs * rounds
-        window = technique.window or shapes.num_blocks
-        training = 6 * shapes.num_block_parameters * steps * window // (technique.stride or window)
-    own_forward, gradients = _gradients(plan)
-    forward, training = forward + own_forward, training + gradients
-    rate = _rate(device.device, device.dtype, device.num_threads)
-    float32 = _rate(device.device, torch.float32, device.num_threads)
-    return (forward / rate + training / float32) / SHARE
+        stop = _Reading.of(plan, [it for it in plan.requests if it.name == technique.stop_on], "validation")
+        targets = own.forward + stop.forward if technique.target_chain == "sparse" else 0.0
+        steps = ceil(own.sequences / technique.batch_size)
+        epochs = technique.epochs * (3 * own.operations / training + steps * STEP)
+        checks = (technique.epochs + 1) * stop.forward
+        reconstruction = visits.trained * (epochs + checks + targets)
+
+    read, written = mask.tokens, sum(map(_tokens, (it for it in plan.requests if it.source.needs_model)))
+    evaluated = sum(text.tokens_NT.numel() for entry in plan.suite for text in entry.texts.values())
+    whole = 2 * shapes.num_parameters / (FORWARD * mask.rate)
+    return {
+        "text": whole * WRITING * written,
+        "describing": whole * read,
+        "gradients": _gradients(plan, mask, training),
+        "dense chain": every.forward * shapes.num_blocks,
+        "pruned chain": every.forward * visits.earlier * rounds,
+        "statistics": statistics,
+        "pruning": pruning,
+        "measuring": every.forward * (shapes.num_blocks * rounds + visits.frozen),
+        "reconstruction": reconstruction,
+        "dense evaluation": whole * evaluated,
+        "evaluation": whole * evaluated,
+    }
 
 
-def _gradients(plan: RunPlan) -> tuple[int, int]:
-    """Operations of the forward passes that only gradients take, and of the gradients.
+@dataclass(frozen=True)
+class _Reading:
+    """Texts that go through one block: their size, operations, and seconds of a forward pass."""
 
-    Of the whole model's loss once a run: to the end of the blocks, and each block once more on the way back. Of a
-    block's output in every round.
+    sequences: int
+    tokens: int
+    operations: float
+    rate: float
+    forward: float
+
+    @staticmethod
+    def of(plan: RunPlan, requests: Sequence[Request], use: str | None = None) -> _Reading:
+        shapes, device = plan.shapes, plan.device
+        rate = product_rate(device.device, device.dtype, device.num_threads)
+        read = [request for request in requests if use in (None, request.use)]
+        weights = 2 * shapes.num_block_parameters / shapes.num_blocks
+        operations, calls = 0.0, 0
+        for request in read:
+            length = request.source.length or 0
+            operations += _tokens(request) * (weights + 4 * length * shapes.hidden_size)
+            calls += ceil((request.source.num_sequences or 0) / device.sequences_a_pass(max(1, length)))
+        return _Reading(
+            sequences=sum(request.source.num_sequences or 0 for request in read),
+            tokens=sum(map(_tokens, read)),
+            operations=operations,
+            rate=rate,
+            forward=operations / (FORWARD * rate) + calls * CALL,
+        )
+
+
+def _gradients(plan: RunPlan, mask: _Reading, training: float) -> float:
+    """Seconds of the gradients that a method reads: of the whole model's loss once a run, of a block's output in every round.
+
+    The former go forward to the end of the blocks, and each block once more on the way back.
     """
-    shapes, needs, forward, gradients = plan.shapes, plan.needs, 0, 0
-    mask = [request for request in plan.requests if request.use == "mask"]
+    shapes, needs, seconds = plan.shapes, plan.needs, 0.0
     if needs.gradients:
-        read = sum(_tokens(request) for request in mask if needs.gradient_text in (None, request.name))
-        forward += 2 * shapes.num_block_parameters * read
-        gradients += 6 * shapes.num_parameters * read
+        named = [it for it in plan.requests if needs.gradient_text in (None, it.name)]
+        read = _Reading.of(plan, named, "mask")
+        outside = 2 * (shapes.num_parameters - shapes.num_block_parameters) * read.tokens
+        seconds += shapes.num_blocks * read.forward
+        seconds += 3 * (shapes.num_blocks * read.operations + outside) / training
     if needs.block_gradients:
-        gradients += 6 * shapes.num_block_parameters * sum(map(_tokens, mask)) * len(plan.steps)
-    return forward, gradients
+        seconds += 3 * shapes.num_blocks * mask.operations * len(plan.steps) / training
+    return seconds
 
 
 def _tokens(request: Request) -> int:
@@ -76,10 +160,12 @@ def _tokens(request: Request) -> int:
 
 
 @lru_cache
-def _rate(device: torch.device, dtype: torch.dtype, num_threads: int) -> float:
+def product_rate(device: torch.device, dtype: torch.dtype, num_threads: int) -> float:
     """Operations a second of a square product, the best of a few."""
     before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
+    # Only where it differs: setting threads again makes small operations crawl.
+    if before != num_threads:
+        torch.set_num_threads(num_threads)
     try:
         matrix = torch.ones(SIZE, SIZE, dtype=dtype, device=device)
         seconds = []
@@ -90,4 +176,5 @@ def _rate(device: torch.device, dtype: torch.dtype, num_threads: int) -> float:
             seconds.append(time.perf_counter() - begun)
         return 2 * SIZE**3 / min(seconds[1:])
     finally:
-        torch.set_num_threads(before)
+        if before != num_threads:
+            torch.set_num_threads(before)

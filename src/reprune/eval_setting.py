@@ -203,7 +203,7 @@ class EvaluatedRun:
             texts, _ = cut_all(plan.requests, plan.tokenizer, None, plan.seed_data)
             overlap = {**read_json(folder.path / "result.json")["overlap"], **plan.check_texts(texts)}
             meter = StageMeter(plan.device)
-            result = result_of(plan, folder.blocks(), meter, overlap, {})
+            result = result_of(plan, folder.blocks(), meter, None, overlap, {})
             write_json(folder.path / "result.json", result)
 
     def results(self) -> list[Found]:

@@ -29,7 +29,7 @@ from reprune.export import export, exported
 from reprune.files import read_json, write_json
 from reprune.measured_plan import check_coupled, pruning_plan
 from reprune.model.loading import LoadedModel, load_model
-from reprune.profile import TRACE, show, traced
+from reprune.profile import TRACE, show, told_time, traced
 from reprune.ranks import ALONE, Ranks
 from reprune.records import block_metrics
 from reprune.resources import StageMeter
@@ -112,6 +112,7 @@ def _mark_end(folder: RunFolder, state: str, **facts: Any) -> None:
 def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
     """The method section: load, text, dense evaluation, prune and reconstruct, pruned evaluation, record."""
     folder, meter = plan.folder, StageMeter(plan.device)
+    guessed = guessed_seconds(plan)
     with ExitStack() as stack:
         view = stack.enter_context(ProgressView())
         tracker = stack.enter_context(plan.tracking.start(_info(plan)))
@@ -158,14 +159,17 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
                     evaluate_pruned(model, entry, folder.path, dense[entry.name], view.evaluation)
         with meter.stage("export"):
             exports = export(plan, plan.transform.made_for("export", model, folder.path), texts, masks)
-        result = result_of(plan, rows, meter, overlap, exports)
+        again = folder.finished
+        result = result_of(plan, rows, meter, guessed, overlap, exports)
         tracker.finish(summary_of(result), [{"block": row["block"], **block_metrics(row)} for row in rows])
         if not folder.finished:
             folder.mark("finished")
         # Before a mirror is closed, which may wait for a network.
         write_json(folder.path / "result.json", result)
     if plan.config["profile"]:
-        show(meter, guessed_seconds(plan), folder.path / TRACE)
+        show(meter, folder.path / TRACE)
+    if not again:
+        LOG.info(told_time(sum(meter.seconds.values()), guessed))
     return result
 
 

@@ -31,8 +31,15 @@ def traced(path: Path) -> Iterator[None]:
     os.replace(partial, path)
 
 
-def show(meter: StageMeter, guessed: float, trace: Path) -> None:
-    """Print seconds, their share and the peak of memory by stage, the longest first, and the whole beside the guess."""
+def told_time(seconds: float, guessed: float) -> str:
+    """One line: what a run took, and how far off the guess was."""
+    return (
+        f"took {seconds:,.1f} s, {seconds / guessed:.2g} times the {guessed:,.1f} s guessed before it began"
+    )
+
+
+def show(meter: StageMeter, trace: Path) -> None:
+    """Print seconds, their share and the peak of memory by stage, the longest first, and the whole."""
     table = Table("stage", box=None, pad_edge=False)
     for name in ("seconds", "share", "peak GiB", *(["device GiB"] if meter.device_peak_bytes else [])):
         table.add_column(name, justify="right")
@@ -45,9 +52,6 @@ def show(meter: StageMeter, guessed: float, trace: Path) -> None:
     table.add_section()
     table.add_row("whole run", f"{total:,.1f}")
     CONSOLE.print(table, highlight=False)
-    CONSOLE.print(
-        f"{total / guessed:.1f} times the {guessed:,.1f} s of arithmetic alone that dry_run=true tells", highlight=False
-    )  # fmt: skip
     if trace.is_file():
         CONSOLE.print(f"trace of one window: {trace}", highlight=False)
 

@@ -17,12 +17,14 @@ def result_of(
     plan: RunPlan,
     rows: list[dict[str, Any]],
     meter: StageMeter,
+    guessed: float | None,
     overlap: Mapping[str, float],
     exports: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What `result.json` holds: identity, measured sparsity, time, memory and every metric; `rows` are the blocks'.
 
-    `exports` is what is said of the files written on request; what was said earlier stays.
+    `guessed` are the seconds that were guessed before it began, None where it is finished already; `exports` is what is
+    said of the files written on request; what was said earlier stays.
     """
     evaluated, failed = metrics_of(plan.folder.path, plan.suite)
     earlier = read_json(plan.folder.path / "result.json") if plan.folder.finished else {}
@@ -45,7 +47,9 @@ def result_of(
         result |= {name: earlier[name] for name in ("seconds", "peak_memory_bytes", "experiment")}
         asked = {"evaluation": result["choices"].get("evaluation", "")}
         result["choices"] = {**earlier["choices"], **asked}
-    result |= {name: earlier[name] for name in ("compact",) if name in earlier}
+    elif guessed is not None:
+        result["guessed_seconds"] = round(guessed, 3)
+    result |= {name: earlier[name] for name in ("compact", "guessed_seconds") if name in earlier}
     result |= exports
     if not isinstance(plan.transform, Untransformed):
         kind = {"class": type(plan.transform).__name__}

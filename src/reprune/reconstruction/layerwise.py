@@ -36,6 +36,11 @@ class Layerwise(ABC):
     paired: ClassVar[bool]
     """Whether the dense chain can be its target, for which it gets PairStatistics."""
 
+    @property
+    def products(self) -> int:
+        """How many products of a layer's weight with its Gram a fit takes, for the guess of a run's time."""
+        return 0
+
     @abstractmethod
     def solve(
         self,

@@ -1,0 +1,104 @@
+"""What a run comes to before it begins: visits of blocks, Grams, sweeps, products; counted, not measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reprune.calibration.gather import Request
+from reprune.engine.windows import windows_over
+from reprune.run_plan import RunPlan
+from reprune.shapes import Shapes
+
+
+@dataclass(frozen=True)
+class Visits:
+    """How many blocks all windows together train, pass the pruned chain through before they prune and to go on.
+
+    `fitted` is how often a block that is new is fitted, once or in every round.
+    """
+
+    trained: int
+    earlier: int
+    frozen: int
+    fitted: int
+
+    @staticmethod
+    def of(plan: RunPlan) -> Visits:
+        """Those of a run."""
+        technique = plan.technique
+        windows = windows_over(plan.shapes.num_blocks, technique.window, technique.stride)
+        fitted = len(plan.steps) if plan.schedule.reconstruct == "each_round" else 1
+        frozen = sum(window.frozen - window.first for window in windows)
+        if not technique.trains:
+            # What a window's last block puts out was computed when it was pruned.
+            frozen -= sum(window.new < window.stop == window.frozen for window in windows)
+        return Visits(
+            trained=sum(
+                (window.stop - window.first) * (fitted if window.new < window.stop else 1)
+                for window in windows
+            ),
+            earlier=sum(window.new - window.first for window in windows if window.new < window.stop),
+            frozen=frozen,
+            fitted=fitted,
+        )
+
+
+def distinct(requests: Sequence[Request]) -> list[Request]:
+    """Each text once."""
+    return [
+        request
+        for place, request in enumerate(requests)
+        if not any((it.role, it.source) == (request.role, request.source) for it in requests[:place])
+    ]
+
+
+def solver_reads(plan: RunPlan) -> tuple[int, int]:
+    """How often a layer-wise fit passes its text through a block and adds up Grams, beyond what the pruner does."""
+    technique, layerwise = plan.technique, plan.technique.layerwise
+    assert layerwise is not None
+    mask, own = ([it.source for it in plan.requests if it.use == use] for use in ("mask", "reconstruction"))
+    shared = technique.statistics_chain == technique.input_chain and mask == own
+    # Both chains side by side.
+    pairs = layerwise.paired and technique.target_chain == "dense" and not technique.solves_on_dense_inputs(0)
+    again = 0 if shared and plan.needs.any else 1
+    own_grams = 0 if shared and plan.needs.gram else int(layerwise.reads_gram)
+    return again + 2 * pairs, own_grams + pairs
+
+
+def _targets(shapes: Shapes) -> list[tuple[int, int]]:
+    """(d_out, d_in) of the layers that are pruned."""
+    return [layer.shape for layer in shapes.target_layers.values()]
+
+
+def _inputs(shapes: Shapes) -> list[tuple[int, int, bool]]:
+    """d_in, how many inputs of that width a block has, whether they are experts'; an entry a block and width.
+
+    Shapes do not tell which layers share an input: about half do, as q, k, v and gate, up.
+    """
+    found = Counter(
+        (name.split(".")[0], layer.shape[1], layer.expert) for name, layer in shapes.target_layers.items()
+    )
+    return [(width, (count + 1) // 2, expert) for (_, width, expert), count in found.items()]
+
+
+def grams(shapes: Shapes, tokens: int) -> float:
+    """Operations of Σ x xᵀ; all experts of a block together see every token once, or a few times."""
+    return sum(2 * tokens * width**2 * (1 if expert else count) for width, count, expert in _inputs(shapes))
+
+
+def sweeps(shapes: Shapes) -> float:
+    """Operations of the factors of all Grams, 4/3 d_in³ each, and of the updates of later columns, d_out d_in² a layer."""
+    factors = sum(4 * width**3 * count / 3 for width, count, _ in _inputs(shapes))
+    return factors + sum(out * into**2 for out, into in _targets(shapes))
+
+
+def products(shapes: Shapes) -> float:
+    """Operations of the products of all weights with their Grams."""
+    return 2.0 * sum(out * into**2 for out, into in _targets(shapes))
+
+
+def columns(shapes: Shapes) -> int:
+    """Columns of all layers that are pruned."""
+    return sum(into for _, into in _targets(shapes))
