@@ -226,7 +226,7 @@ class Bench:
         }
 
         def steps() -> None:
-            with in_float32(model.plan, [model.blocks[0]]):
+            with in_float32(model, [model.blocks[0]]):
                 trained = choose(0, model.blocks[0], views, kept, technique.trainable, None)
                 train(objective, None, [trained], technique, generator(0, "steps"), lambda: None, "benchmark")
 

@@ -14,8 +14,10 @@ from helpers import plan_of, run_tiny, state_bytes, timeless
 from reprune.engine.loop import BlockLoop
 from reprune.errors import ConfigError
 from reprune.memory import parse_size, plan_memory
+from reprune.model import hollow
 from reprune.model.description import load_tokenizer
 from reprune.model.device import DevicePlan
+from reprune.model.likelihood import row_losses
 from reprune.model.loading import LoadedModel, load_model
 from reprune.model.tiny import TinyModel
 from reprune.pruning.sparsegpt import SparseGPT
@@ -44,7 +46,7 @@ class _Counting:
     def __init__(self, model: LoadedModel) -> None:
         self.most = 0
         for block in model.blocks:
-            block.register_forward_pre_hook(lambda module, inputs: self._look(model))
+            block.register_forward_hook(lambda module, inputs, output: self._look(model))
 
     def _look(self, model: LoadedModel) -> None:
         self.most = max(self.most, _num_there(model))
@@ -66,6 +68,8 @@ def test_a_run_gives_the_same_bytes(architecture: str, tmp_path: Path) -> None:
         tokens = random_text("probe", "probe", 2, 9).tokens_NT
         with model.holding(model.model):
             written.append({"logits": model.logits(tokens).numpy().tobytes()})
+        written[-1]["losses"] = row_losses(model, tokens).numpy().tobytes()
+        assert not any(parameter.requires_grad for parameter in model.model.parameters())
         assert counting.most == (1 if on_disk else NUM_BLOCKS)
         assert _num_there(model) == (0 if on_disk else NUM_BLOCKS)
     assert written[0] == written[2]
@@ -140,8 +144,6 @@ def test_reconstruction_and_resumption(name: str, tmp_path: Path) -> None:
 
 def test_blocks_that_share_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a model whose blocks are one tensor being read as if each had its own."""
-    from reprune.model import hollow
-
     made = hollow.hollow
 
     def tying(*given: Any) -> Any:
@@ -255,7 +257,26 @@ def test_amounts_of_memory(asked: str | None, number: int | None) -> None:
     assert parse_size(asked, "memory.host_limit") == number
 
 
+def test_a_pass_that_fails_leaves_no_weights(tmp_path: Path) -> None:
+    """Catches a block that stays in memory when its pass does not fit, so that the smaller one has less room."""
+    model = _model("llama", True)
+
+    def fail(*given: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    handle = model.blocks[1].mlp.register_forward_pre_hook(fail)
+    tokens = random_text("probe", "probe", 1, 5).tokens_NT
+    with model.holding(model.model):
+        with pytest.raises(torch.OutOfMemoryError):
+            model.logits(tokens)
+        assert _num_there(model) == 0
+        handle.remove()
+        assert torch.isfinite(model.logits(tokens)).all()
+
+
 def test_text_that_the_model_writes_keeps_it_in_memory(tmp_path: Path) -> None:
     """Catches a model that is read from disk once a token."""
     with pytest.raises(ConfigError, match="which the model writes, needs the whole model"):
         plan_of(tmp_path, "calibration=generated", "calibration.max_new_tokens=16", "memory.weights=disk")
+    with pytest.raises(ConfigError, match="for which the model writes, needs the whole model"):
+        plan_of(tmp_path, "evaluation=generation", "memory.weights=disk")

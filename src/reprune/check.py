@@ -176,7 +176,7 @@ def check(composed: Composed, *, here: bool = True, ranks: Ranks = ALONE) -> Run
     if transform.keeps_rows:
         outside = shapes.num_parameters - shapes.num_block_parameters
         sizes = replace(sizes, disk=sizes.disk + outside * torch.finfo(device.dtype).bits // 8)
-    whole = needs_whole_model(technique, transform, requests, compact=exports[1])
+    whole = needs_whole_model(technique, transform, requests, suite, shapes.tied, compact=exports[1])
     sizes = sizes.of_processes(ranks.count)
     memory = plan_memory(config["memory"], sizes, whole, device.kind, shared=ranks.several)
     device = device.below(memory.device_limit)

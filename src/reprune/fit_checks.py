@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from reprune.calibration.gather import Request
 from reprune.errors import ConfigError
+from reprune.evaluation.suite import SuiteEntry
 from reprune.model.biases import told_of
 from reprune.model.checkpoint import ModelSource
 from reprune.model.description import skeleton
@@ -34,16 +35,28 @@ def check_experts(technique: Technique, shapes: Shapes, num_rounds: int) -> None
 
 
 def needs_whole_model(
-    technique: Technique, transform: Transform, requests: Sequence[Request], *, compact: bool
+    technique: Technique,
+    transform: Transform,
+    requests: Sequence[Request],
+    suite: Sequence[SuiteEntry],
+    tied: str | None,
+    *,
+    compact: bool,
 ) -> str | None:
-    """What of a run cannot do with weights that are read block by block, in words; None where all can."""
+    """What of a run cannot do with weights that are read block by block, in words; None where all can.
+
+    `tied` are two places of one tensor, in different blocks or in one and outside.
+    """
     writing = next((request.key for request in requests if request.source.needs_model), None)
+    written = next((entry.name for entry in suite if getattr(entry.evaluator, "writes", False)), None)
     reasons = {
+        f"a model in which {tied} are one tensor": tied is not None,
         f"reconstruction.loss={LANGUAGE}": technique.trains and technique.loss == LANGUAGE,
         "a transform of the model": not isinstance(transform, Untransformed),
         "export.compact=true": compact,
         # It would read the whole model once a token.
         f"{writing}, which the model writes,": writing is not None,
+        f"evaluation.{written}, for which the model writes,": written is not None,
     }
     return next((words for words, holds in reasons.items() if holds), None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from reprune.model.checkpoint import ModelSource
 from reprune.model.description import hidden_size_of, skeleton
 from reprune.model.device import DevicePlan
 from reprune.model.linears import linears_of
+from reprune.model.submodules import tied_blocks
 from reprune.model.targets import targeted
 from reprune.pruning.contract import LayerShape, Needs
 from reprune.reconstruction.technique import LANGUAGE, Technique
@@ -31,7 +33,7 @@ LIBRARIES = 700 * 2**20
 class Shapes:
     """A model's sizes and prunable layers ('block.name'); `targets` are those that the run prunes.
 
-    They are those of the transformed model where there is a transform; `num_loaded` counts the parameters before it.
+    `tied` are two places of one tensor, where blocks share any. They are those of the transformed model where there is a transform; `num_loaded` counts the parameters before it.
     """
 
     num_blocks: int
@@ -43,6 +45,7 @@ class Shapes:
     layers: dict[str, LayerShape]
     targets: list[str]
     max_length: int | None
+    tied: str | None
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -100,6 +103,7 @@ def shapes_of(source: ModelSource, targets: str, target_blocks: str, transform: 
         num_block_parameters=sum(parameter.numel() for parameter in blocks.parameters()),
         layers=layers,
         targets=targeted(list(blocks), views, targets, target_blocks),
+        tied=tied_blocks(model, blocks),
         max_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
 
@@ -200,7 +204,9 @@ def _statistics(shapes: Shapes, technique: Technique, needs: Needs, second_gram:
     for name, layer in shapes.layers.items():
         by_block[name.partition(".")[0]] += layer.shape[1] ** 2
     largest = max(layer.shape[1] ** 2 for layer in shapes.layers.values())
-    return 4 * (2 * (needs.gram + solves + second_gram) * max(by_block.values()) + 3 * largest)
+    # Layers with one input are solved side by side: their weights before and after, and a mask.
+    beside = 9 * 2 * max(math.prod(layer.shape) for layer in shapes.layers.values())
+    return 4 * (2 * (needs.gram + solves + second_gram) * max(by_block.values()) + 3 * largest) + beside
 
 
 def check_room(host: int, disk: int, output_dir: Path, model: str) -> None:

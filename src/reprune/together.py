@@ -8,6 +8,7 @@ import socket
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from reprune.compose import command_of, compose_run
 from reprune.errors import ConfigError, RunError
 from reprune.exit_codes import FAILED, exit_codes
 from reprune.job import do
+from reprune.memory import MemoryPlan
 from reprune.ranks import LeftAloneError, Ranks
 from reprune.tracking.progress import configure_logging, quiet_libraries
 
@@ -52,7 +54,7 @@ def _lead(arguments: Sequence[str]) -> None:
             mine = _meet(store)
             plan = _planned(arguments, mine)
             dry = plan.config["dry_run"]
-            mine.tell(None if dry else plan.folder.id)
+            mine.tell(None if dry else [plan.folder.id, asdict(plan.memory)])
         with exit_codes(working=True, interrupted="the same command goes on from the last finished window"):
             if dry:
                 mine.part()
@@ -66,10 +68,11 @@ def _follow(arguments: Sequence[str]) -> None:
     with _following() as store:
         _check_place()
         mine = _meet(store)
-        run = mine.tell(None)
-        if run is None:
+        told = mine.tell(None)
+        if told is None:
             mine.part()
         else:
+            run, memory = told
             from reprune.following import follow
 
             plan = _planned(arguments, mine)
@@ -77,7 +80,8 @@ def _follow(arguments: Sequence[str]) -> None:
                 raise RunError(
                     f"it makes another run of the command than the first: {plan.folder.id}, not {run}"
                 )
-            follow(plan)
+            # What is free differs from moment to moment: what rests where is the first one's choice.
+            follow(replace(plan, memory=MemoryPlan(**memory)))
 
 
 def _planned(arguments: Sequence[str], mine: Ranks) -> RunPlan:

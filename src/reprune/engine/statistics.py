@@ -318,9 +318,13 @@ class _Collector:
         self.called |= {mixtures[name] for one in told for name in one["called"]}
         groups = groups_of([one["leaders"] for one in told])
         together: dict[str, InputStatistics] = {}
+        summed: set[int] = set()
         for group in groups:
             first = group[0]
             own = self.found.get(first, InputStatistics())
+            if id(own) in summed:
+                raise RunError(f"layer {first}: processes disagree on which layers share an input")
+            summed.add(id(own))
             num_tokens = sum(one["tokens"].get(first, 0) for one in told)
             if num_tokens:
                 view = linears[first]

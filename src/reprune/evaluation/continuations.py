@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -52,6 +52,8 @@ class Continuations:
     `continuations.parquet` keeps a row a continuation: text, mode, prompt, sample (both from 0), document, prompt_text,
     continuation, tokens, ended, loss (nats).
     """
+
+    writes: ClassVar[bool] = True
 
     texts: Mapping[str, str]
     num_prompts: int = 64

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -74,6 +74,8 @@ class Summaries:
     `summaries.parquet` keeps a row a prompt and document: prompt, document (its place, from 0), document_id, source (as
     the model saw it), reference, summary, tokens, ended, loss (nats), and the scores.
     """
+
+    writes: ClassVar[bool] = True
 
     path: str
     source_field: str = "document"

@@ -63,10 +63,9 @@ class DevicePlan:
         if self.ranks.several and self.kind == "cuda":
             torch.cuda.set_device(self.device)
         torch.set_float32_matmul_precision("highest")
-        if self.kind == "cuda":
+        if self.kind == "cuda" and self.memory_limit is not None:
             total = torch.cuda.get_device_properties(self.device).total_memory
-            share = 1.0 if self.memory_limit is None else min(1.0, self.memory_limit / total)
-            torch.cuda.set_per_process_memory_fraction(share, self.device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.memory_limit / total), self.device)
 
     def sequences_a_pass(self, length: int) -> int:
         """How many sequences of `length` tokens go through a block at once."""
@@ -211,4 +210,4 @@ def _device(device: str, here: bool) -> torch.device:
             accepted=["auto", *there],
             hint=None if known else did_you_mean(device, ["auto", *there]),
         )
-    return torch.device(device)
+    return torch.device("cuda:0" if device == "cuda" else device)

@@ -59,10 +59,13 @@ class DiskWeights:
             open_now[block].enter_context(holding(block))
 
         def give_back(block: nn.Module, inputs: Any, output: Any) -> None:
-            open_now.pop(block).close()
+            stack = open_now.pop(block, None)
+            if stack is not None:
+                stack.close()
 
         handles = [block.register_forward_pre_hook(fetch) for block in blocks]
-        handles += [block.register_forward_hook(give_back) for block in blocks]
+        # Also where a pass does not fit, so that the next try finds no more in memory than the first.
+        handles += [block.register_forward_hook(give_back, always_call=True) for block in blocks]
         try:
             yield
         finally:
@@ -82,10 +85,12 @@ class DiskWeights:
             return {name.removeprefix(prefix): stream.get_tensor(name) for name in names}
 
     def _hold(self, block: nn.Module) -> None:
-        self._held[block] = self._held.get(block, 0) + 1
-        if self._held[block] > 1:
+        if block in self._held:
+            self._held[block] += 1
             return
-        for name, tensor in self.read(block).items():
+        found = self.read(block)
+        self._held[block] = 1
+        for name, tensor in found.items():
             path, _, own = name.rpartition(".")
             put(block.get_submodule(path), own, tensor)
         for module in block.modules():

@@ -16,6 +16,7 @@ from reprune.errors import ConfigError, RunError
 from reprune.model.blocks import find_blocks
 from reprune.model.checkpoint import ModelSource, weight_files
 from reprune.model.description import load_config, num_blocks
+from reprune.model.submodules import tied_blocks
 
 OUTSIDE = None
 """The key of what belongs to no block."""
@@ -51,6 +52,7 @@ class Checkpoint:
         """Read what lies outside the blocks into a model like this one. RunError where something is missing."""
         info = self._load(OUTSIDE, model)
         model.tie_weights(missing_keys=set(info.missing_keys), recompute_mapping=False)
+        model.requires_grad_(False)
         inside = {id(module) for module in model.get_submodule(_path(self.model, self.blocks)).modules()}
         missing = [
             f"{path}.{name}"
@@ -98,7 +100,12 @@ def open_checkpoint(source: ModelSource, dtype: torch.dtype) -> tuple[Checkpoint
     config = load_config(source)
     donor, model = hollow(source, config, dtype), hollow(source, config, dtype)
     blocks = find_blocks(donor, num_blocks(config), source.blocks_path)
-    _refuse_shared(donor, blocks, source.name)
+    tied = tied_blocks(donor, blocks)
+    if tied is not None:
+        raise ConfigError(
+            "memory.weights", f"{tied} are one tensor, so that blocks cannot be read one at a time", value=source.name,
+            accepted="memory", hint="set memory.weights=memory, and raise memory.host_limit",
+        )  # fmt: skip
     mapping = get_model_conversion_mapping(donor)
     keys = _by_block(donor, blocks, weight_files(folder, "model", allow_bin=False).paths, mapping)
     checkpoint = Checkpoint(donor, blocks, keys, dtype, mapping)
@@ -178,22 +185,6 @@ def _by_block(
                 number = renamed.removeprefix(root).partition(".")[0] if renamed.startswith(root) else ""
                 found[int(number) if number.isdigit() else OUTSIDE][key] = path
     return found
-
-
-def _refuse_shared(model: Any, blocks: nn.ModuleList, name: str) -> None:
-    """Tied weights within a block, or between it and anything else, would be read apart."""
-    owners: dict[int, str] = {}
-    inside = _path(model, blocks)
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        other = owners.setdefault(id(parameter), path)
-        if other != path and (path.startswith(f"{inside}.") or other.startswith(f"{inside}.")):
-            raise ConfigError(
-                "memory.weights",
-                f"{other} and {path} are one tensor, so that blocks cannot be read one at a time",
-                value=name,
-                accepted="memory",
-                hint="set memory.weights=memory, and raise memory.host_limit",
-            )
 
 
 def _path(model: nn.Module, blocks: nn.ModuleList) -> str:

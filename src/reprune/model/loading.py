@@ -36,7 +36,7 @@ from reprune.model.trimming import Trimmed
 _TRACED_TOKENS = 4
 
 
-@dataclass
+@dataclass(eq=False)
 class LoadedModel:
     """A causal language model, its blocks, its tokenizer and where it computes.
 

@@ -190,7 +190,6 @@ def shortened(model: LoadedModel, source: ModelSource, kept: Sequence[int], toke
         plan,
         {**model.identity, "kept_blocks": list(kept)},
         dense_numbers=[numbers[block] for block in kept],
-        on_disk=model.on_disk,
     )
     with left.holding(model.model):
         _check_equal(left, wanted, left.logits(tokens), "with these blocks passed over")

@@ -99,3 +99,14 @@ def _tracing(block: nn.Module) -> Iterator[_Trace]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def tied_blocks(model: nn.Module, blocks: nn.ModuleList) -> str | None:
+    """Two places of a model that are one tensor, one of them in a block; None where there are none."""
+    owners: dict[int, str] = {}
+    inside = next(name for name, module in model.named_modules() if module is blocks)
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        other = owners.setdefault(id(parameter), path)
+        if other != path and any(name.startswith(f"{inside}.") for name in (path, other)):
+            return f"{other} and {path}"
+    return None
