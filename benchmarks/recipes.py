@@ -1,0 +1,124 @@
+"""What `time_to_error.py` compares: the study's recipe and others, and one run's loop that any of them may train."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from reprune.calibration.roles import Texts
+from reprune.check import RunPlan, check
+from reprune.compose import compose_run, prepare
+from reprune.engine.activations import Stores
+from reprune.engine.loop import BlockLoop
+from reprune.engine.state import RunState
+from reprune.engine.windows import BlockWindow
+from reprune.measured_plan import pruning_plan
+from reprune.model.loading import load_model
+from reprune.reconstruction.least_squares import LeastSquares
+from reprune.reconstruction.technique import Technique
+from reprune.resources import StageMeter
+
+TECHNIQUES = ("br", "br_gp", "br_gp_cr")
+STUDY: dict[str, Any] = {"epochs": 5, "learning_rate": 2e-4}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a technique is fitted: fields of `Technique` in place of its preset's; iterations of least squares before it."""
+
+    name: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    iterations: int = 0
+
+    def of(self, technique: Technique) -> Technique:
+        """The technique fitted in this way."""
+        start = LeastSquares(min_iterations=self.iterations, max_iterations=self.iterations) if self.iterations else None  # fmt: skip
+        return replace(technique, **self.changes, layerwise=start)
+
+
+class ProcessorMeter(StageMeter):
+    """Seconds of this process's processor time as well, which other work on the machine disturbs least."""
+
+    def __init__(self, plan: Any) -> None:
+        super().__init__(plan)
+        self.processor: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """See StageMeter."""
+        start = time.process_time()
+        with super().stage(name):
+            yield
+        self.processor[name] = self.processor.get(name, 0.0) + time.process_time() - start
+
+
+class Silent:
+    """A listener of the loop that is told and does nothing."""
+
+    def window(self, window: BlockWindow, num_blocks: int, steps: int) -> None:
+        """Nothing."""
+
+    def step(self) -> None:
+        """Nothing."""
+
+    def frozen(self, row: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+def plan_for(technique: str, folder: Path, overrides: list[str]) -> RunPlan:
+    """The plan of a run: SparseGPT 50 %, 8 × 256 tokens of C4, batches of one sequence, one thread."""
+    prepare()
+    plan = check(
+        compose_run(
+            [
+                f"reconstruction={technique}",
+                "reconstruction.batch_size=1",
+                "calibration.num_sequences=8",
+                "evaluation=none",
+                "tracking=jsonl",
+                "threads=1",
+                "device=cpu",
+                "dtype=float32",
+                *(f"~calibration@probes.{name}" for name in ("wiki", "code")),
+                f"output_dir={folder}",
+                *overrides,
+            ]
+        )
+    )
+    plan.device.settle()
+    return plan
+
+
+def loop_of(
+    kind: type[BlockLoop],
+    plan: RunPlan,
+    technique: Technique,
+    num_blocks: int | None,
+    folder: Path,
+    after_commit: Callable[[int, list[dict[str, Any]], list[dict[str, Any]]], None],
+    **more: Any,
+) -> BlockLoop:
+    """A loop of `kind` over the first `num_blocks` of a fresh model (None: all), its state below `folder`."""
+    model = load_model(plan.source, plan.tokenizer, plan.device)
+    if num_blocks is not None:
+        del model.blocks[num_blocks:]
+    texts: Texts = plan.texts(model)
+    stores = Stores(plan.device.dtype, plan.shapes.hidden_size, folder / "activations", False)
+    meter = ProcessorMeter(plan.device)
+    return kind(
+        model=model,
+        texts=texts,
+        pruning=pruning_plan(plan, model, texts, stores, meter),
+        technique=technique,
+        stores=stores,
+        state=RunState(folder / "state"),
+        meter=meter,
+        listener=Silent(),
+        seed_training=plan.seed_training,
+        after_commit=after_commit,
+        **more,
+    )
