@@ -41,10 +41,10 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
     "model_gradients": ("pruner=gblm", "reconstruction=none", "allocation=owl", "transform=block_drop", "transform.count=1"),
     "block_gradients": ("pruner=wanda_plus_plus", "reconstruction=submodule", "schedule=iterative"),
-    "units": ("method=amp", "reconstruction=least_squares"),
+    "units": ("method=amp", "reconstruction=least_squares", "calibration.num_sequences=1"),
     "experts": (
-        "model.architecture=mixtral", "calibration.num_sequences=1", "calibration.length=6", "pruner=sparsegpt",
-        "reconstruction=least_squares", "model.config={num_local_experts: 8, intermediate_size: 32}",
+        "model.architecture=mixtral", "+model.config.num_local_experts=8", "+model.config.intermediate_size=32",
+        "calibration.num_sequences=2", "calibration.length=5", "pruner=sparsegpt", "reconstruction=least_squares",
     ),
     "language": ("pruner=magnitude", "reconstruction=full", "reconstruction.learning_rate=1e-4", "transform=vocabulary"),
 }  # fmt: skip
