@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor, nn
+from torch.distributed import TCPStore
 
 from conftest import MakeModel
 from helpers import overrides_for, run_tiny, state_bytes
@@ -41,13 +41,14 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
     "model_gradients": ("pruner=gblm", "reconstruction=none", "allocation=owl", "transform=block_drop", "transform.count=1"),
     "block_gradients": ("pruner=wanda_plus_plus", "reconstruction=submodule", "schedule=iterative"),
-    "units": ("method=amp", "reconstruction=least_squares"),
+    "units": ("method=amp", "reconstruction=least_squares", "calibration.num_sequences=1"),
     "experts": (
-        "model.architecture=mixtral", "calibration.num_sequences=1", "calibration.length=6", "pruner=sparsegpt",
-        "reconstruction=least_squares", "model.config={num_local_experts: 8, intermediate_size: 32}",
+        "model.architecture=mixtral", "+model.config.num_local_experts=8", "+model.config.intermediate_size=32",
+        "calibration.num_sequences=2", "calibration.length=5", "pruner=sparsegpt", "reconstruction=least_squares",
     ),
     "language": ("pruner=magnitude", "reconstruction=full", "reconstruction.learning_rate=1e-4", "transform=vocabulary"),
 }  # fmt: skip
+AGENT = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 LONG = ("model.num_blocks=10", "reconstruction.epochs=20", "pruner=wanda")
 
 
@@ -79,21 +80,26 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Together:
         {"name": "error", "arguments": overrides_for(folder / "error"), "fails": "error"},
         {"name": "defect", "arguments": overrides_for(folder / "defect"), "fails": "defect"},
     ]  # fmt: skip
-    ports = _free_ports(len(commands))
+    # As torchrun's agent does, of which there is none for a pair that does many commands.
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in commands]
     plain = {"environment": {}, "fails": None}
     (folder / "commands.json").write_text(
-        json.dumps([{**plain, **it, "port": port} for it, port in zip(commands, ports, strict=True)]),
+        json.dumps([{**plain, **it, "port": one.port} for it, one in zip(commands, stores, strict=True)]),
         encoding="utf-8",
     )
     pair = [
         subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("ranks_worker.py")), str(folder / "commands.json")],
-            env={**os.environ, "RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+            env={**os.environ, **AGENT, "RANK": str(number)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for number in range(2)
     ]  # fmt: skip
-    said, others = (process.communicate(timeout=PATIENCE_S)[0] for process in pair)
+    try:
+        said, others = (process.communicate(timeout=PATIENCE_S)[0] for process in pair)
+    finally:
+        for process in pair:
+            process.kill()
     assert [process.returncode for process in pair] == [0, 0], said + others
     parts = said.split("== ")
     found = {part.splitlines()[0]: part + following for part, following in pairwise(parts[1:])}
@@ -117,16 +123,6 @@ def _killed(output_dir: Path) -> tuple[int, str, dict[str, Any]]:
     code, said = ended(driver)
     [status] = output_dir.glob("*/status.json")
     return code, said, read_json(status)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.mark.parametrize("name", RUNS)

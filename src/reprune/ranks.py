@@ -139,7 +139,11 @@ class Ranks:
 
     def _why(self) -> str | None:
         assert self.store is not None
-        return str(self.store.get(FAILED).decode()) if self.store.check([FAILED]) else None
+        try:
+            return str(self.store.get(FAILED).decode()) if self.store.check([FAILED]) else None
+        except RuntimeError:
+            # Whoever keeps the store has ended.
+            return _LOST
 
 
 ALONE = Ranks()

@@ -7,7 +7,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from types import FrameType
@@ -150,11 +150,14 @@ def _leading() -> Iterator[Store]:
     try:
         yield store
     except BaseException:
-        store.compare_set(ranks.FAILED, "", "the first process failed")
+        with suppress(RuntimeError):
+            store.compare_set(ranks.FAILED, "", "the first process failed")
         raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        store.set(_TOLD, "")
+        # Whoever keeps the store may have ended before.
+        with suppress(RuntimeError):
+            store.set(_TOLD, "")
 
 
 def _told_to_end(number: int, frame: FrameType | None) -> None:
@@ -173,9 +176,10 @@ def _following() -> Iterator[Store]:
     try:
         yield store
     except BaseException as error:
-        if not isinstance(error, LeftAloneError):
-            store.compare_set(ranks.FAILED, "", _in_words(error))
-        store.wait([_TOLD], _PATIENCE)
+        with suppress(RuntimeError):
+            if not isinstance(error, LeftAloneError):
+                store.compare_set(ranks.FAILED, "", _in_words(error))
+            store.wait([_TOLD], _PATIENCE)
         raise SystemExit(FAILED) from None
 
 
