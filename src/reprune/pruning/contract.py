@@ -241,7 +241,8 @@ def rank_first(scores: Tensor, removed: Tensor | None) -> Tensor:
 
 def require_finite(scores: Tensor, layer: LayerContext) -> None:
     """Raise RunError when a score is NaN or infinite: no mask can be chosen from it."""
-    if not bool(torch.isfinite(scores).all()):
+    # NaN is both the least and the greatest of all, and no mask as large as the scores is made.
+    if scores.numel() and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(scores)):
         raise RunError(
             f"block {layer.block}, layer {layer.name}: scores are not finite; the weights or the calibration "
             "activations overflow, try dtype=float32"
