@@ -2,11 +2,12 @@
 # make check  format, lint, types                       make install  the environment and the assets alone
 # make evidence  verdicts and a figure from experiments/results, and the README's table
 # make options   the README's table of methods from the files in conf/
-# make soak   kill sweeps at random moments, for many minutes
+# make soak   kills at random moments, a full disk, lost power, for many minutes (KILLS=50)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= outputs/quickstart
+KILLS ?= 50
 STAMP := $(VENV)/.installed
 
 .PHONY: install run test soak evidence options check clean
@@ -29,7 +30,7 @@ test: install
 	HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 $(BIN)/python -m pytest
 
 soak: install
-	HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 $(BIN)/python -m pytest -m soak -s
+	HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 REPRUNE_SOAK_KILLS=$(KILLS) $(BIN)/python -m pytest -m soak -s
 
 evidence: install
 	$(BIN)/python experiments/make.py

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
-import subprocess
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from helpers import overrides_for
-from launching import at_block, ended, finished, frame, kill, launch, running, wait_for_the_end_of, wait_until
+from launching import at_block, ended, frame, kill, launch, running, wait_for_the_end_of, wait_until
 from reprune import attempts
 from reprune.attempts import MOST, attempt, counter_of
 from reprune.compose import Composed, compose_run
 from reprune.files import read_json
 
 GRID = ("pruner=wanda,magnitude", "model.num_blocks=12", "reconstruction.epochs=40")
-SOAK_KILLS = 20
-SOAK_EVERY_S = 40
 
 
 @pytest.fixture(autouse=True)
@@ -58,43 +53,6 @@ def test_the_driver_and_its_jobs_are_killed(tmp_path: Path) -> None:
     code, said = ended(launch(tmp_path / "undisturbed", *GRID, "sweep.own_process=false"))
     assert code == 0, said
     pd.testing.assert_frame_equal(frame(out), frame(tmp_path / "undisturbed"))
-
-
-@pytest.mark.soak
-def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
-    """The same at moments that nobody chose: in imports, checks, writes, between two runs."""
-    seed = int(np.random.default_rng().integers(2**31))
-    stream, out, kills = np.random.default_rng(seed), tmp_path / "disturbed", 0
-    grid = ("pruner=wanda,magnitude,random", "seed=0,1", *GRID[1:])
-    while kills < SOAK_KILLS:
-        driver = launch(out, *grid)
-        while kills < SOAK_KILLS and not _ends_within(driver, float(stream.uniform(0, SOAK_EVERY_S))):
-            kills += 1
-            jobs = [facts["pid"] for facts in running(out).values()]
-            victim = jobs[0] if jobs and stream.uniform() < 0.5 else driver.pid
-            kill(victim)
-            print(
-                f"seed {seed}, kill {kills}: {'job' if victim in jobs else 'driver'}, {finished(out)} runs are finished"
-            )
-            if victim == driver.pid:
-                for job in jobs:
-                    wait_for_the_end_of(job)
-        driver.communicate()
-        if driver.returncode == 0:
-            # Done before its kills were: one run has to be done again.
-            shutil.rmtree(next(out.glob("*/result.json")).parent)
-    code, said = ended(launch(out, *grid))
-    assert code == 0, said
-    assert ended(launch(tmp_path / "undisturbed", *grid))[0] == 0
-    pd.testing.assert_frame_equal(frame(out), frame(tmp_path / "undisturbed"))
-
-
-def _ends_within(driver: subprocess.Popen[str], seconds: float) -> bool:
-    try:
-        driver.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
 
 
 @pytest.fixture

@@ -205,8 +205,10 @@ def test_what_is_half_written_is_not_read(tmp_path: Path) -> None:
     assert _outcome(plan, pipeline.run(plan)) == undisturbed
 
 
+FAULTS = Path(__file__).parent / "faults"
 SCRIPT = """
 import json, os, signal, sys
+import sitecustomize
 from reprune.check import check
 from reprune.compose import compose_run
 from reprune.pipeline import run
@@ -219,30 +221,48 @@ def kill_after(last):
 
 # Importing takes seconds: do it once, then fork a process for each run.
 children = []
-for last, overrides in json.loads(sys.argv[1]):
+for last, fault, overrides in json.loads(sys.argv[1]):
     children.append(os.fork())
     if children[-1] == 0:
-        run(check(compose_run(overrides)), kill_after(last))
+        plan = check(compose_run(overrides))
+        if fault is not None:
+            sitecustomize.arm(*fault)
+        run(plan, kill_after(last))
         os._exit(0)
 print(json.dumps([os.waitpid(child, 0)[1] for child in children]))
 """
+
+
+RENAMES = (("before", 8), ("behind", 11))
 
 
 def test_real_kills(tmp_path: Path) -> None:
     """Catches what in-process faults cannot show: locks, buffers and half files of a process that is gone."""
     choices = METHODS["br_gp_cr"]
     undisturbed = _outcome(*run_tiny(tmp_path / "undisturbed", *choices))
-    jobs = [(last, overrides_for(tmp_path / str(last), *choices)) for last in (1, 2, 3)]
+    jobs: list[tuple[Any, ...]] = [
+        (last, None, overrides_for(tmp_path / str(last), *choices)) for last in (1, 2, 3)
+    ]
+    # The power goes between a write and its rename, or just behind it.
+    for kind, at in RENAMES:
+        out = tmp_path / f"{kind}_{at}"
+        fault = (kind, at, str(out), str(tmp_path / "faults.log"))
+        jobs.append((None, fault, overrides_for(out, *choices)))
     told = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(jobs)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(FAULTS), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     ends = json.loads(told.stdout.splitlines()[-1])
-    assert [os.WTERMSIG(end) for end in ends] == [signal.SIGKILL] * 3, told.stderr[-2000:]
-    for last, _ in jobs:
+    assert [os.WTERMSIG(end) for end in ends] == [signal.SIGKILL] * len(jobs), told.stderr[-2000:]
+    for kind, at in RENAMES:
+        plan = plan_of(tmp_path / f"{kind}_{at}", *choices)
+        assert _outcome(plan, pipeline.run(plan)) == undisturbed
+    assert len((tmp_path / "faults.log").read_text().splitlines()) == len(RENAMES)
+    for last in (1, 2, 3):
         plan = plan_of(tmp_path / str(last), *choices)
         # The first window of cross-block reconstruction freezes nothing.
         assert plan.folder.status().words == f"killed at block {last - 1}"
