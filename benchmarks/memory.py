@@ -27,7 +27,9 @@ import torch
 from machine import machine
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
 
+from reprune.engine.state import OPEN
 from reprune.files import read_json
 from reprune.model.tiny import TinyModel
 from reprune.seeding import generator
@@ -177,11 +179,15 @@ def run_arm(given: argparse.Namespace) -> dict[str, Any]:
     blocks_begun = read_json(plan.folder.path / "status.json")["blocks_begun_s"]
     in_blocks = ended[-1] - blocks_begun
     written = sum(path.stat().st_size for path in plan.folder.path.rglob("*") if path.is_file())
+    # The run resets the kernel's count at the start of each stage.
+    with safe_open(plan.folder.state / OPEN, framework="pt") as stream:
+        measured = json.loads(stream.metadata()["measured"])["peak_bytes"]
+    peak = max(*measured.values(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     shutil.rmtree(out)
     return {
         "arm": given.arm,
         "limit_gib": float(limit.removesuffix("GiB")),
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak / 2**30,
         "planned_gib": plan.memory.host / 2**30,
         "tokens": given.sequences * given.length,
         "blocks": done,
