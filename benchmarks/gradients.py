@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import pandas as pd
 import psutil
 import torch
 from machine import machine
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--csv", type=Path)
     given = parser.parse_args()
     transformers_logging.disable_progress_bar()
     source = build(compose_run([f"model={given.model}"]).config["model"], "model")
@@ -78,12 +80,19 @@ def main() -> None:
     shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
     for column in ("", "seconds", "× whole", "MiB beyond rest", "largest difference"):
         shown.add_column(column, justify="right", no_wrap=True)
+    rows = []
     for name, took in seconds.items():
         ratios = [mine / base for base, mine in zip(seconds["whole"], took, strict=True)]
         furthest = max(
             float((mean - means["whole"][layer]).abs().max() / means["whole"][layer].abs().max())
             for layer, mean in means[name].items()
         )
+        rows.append(
+            {
+                "way": name, "seconds": median(took), "times_whole": median(ratios),
+                "mib_beyond_rest": median(memory[name]) / 2**20, "largest_difference": furthest,
+            }
+        )  # fmt: skip
         shown.add_row(
             name, f"{median(took):.1f}", f"{median(ratios):.2f}", f"{median(memory[name]) / 2**20:.0f}", f"{furthest:.1e}"
         )  # fmt: skip
@@ -91,6 +100,10 @@ def main() -> None:
     console.print(machine(plan.num_threads) if plan.kind == "cpu" else plan.name)
     console.print(f"{given.model}, float32, {given.windows} × {given.length} tokens, {given.rounds} rounds")
     console.print(shown)
+    if given.csv is not None:
+        facts = {name: getattr(given, name) for name in ("model", "windows", "length", "rounds")}
+        where = machine(plan.num_threads) if plan.kind == "cpu" else plan.name
+        pd.DataFrame(rows).assign(**facts, machine=where).to_csv(given.csv, index=False)
 
 
 def whole(model: LoadedModel, text: TextSet, folder: Path) -> dict[str, Tensor]:

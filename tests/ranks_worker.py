@@ -17,7 +17,7 @@ from reprune.errors import RunError
 def fails(kind: str) -> Any:
     """What the other process meets in place of loading the model."""
 
-    def load(*_: object) -> None:
+    def load(*_: object, **more: object) -> None:
         raise RunError("no luck") if kind == "error" else ZeroDivisionError("a defect")
 
     return load

@@ -244,7 +244,7 @@ def test_run_killed_while_it_resumes_says_where(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(Killed):
         pipeline.run(plan, _kill_after(2))
 
-    def killed(*_: object) -> NoReturn:
+    def killed(*_: object, **more: object) -> NoReturn:
         raise Killed
 
     monkeypatch.setattr(pipeline, "load_model", killed)
@@ -298,8 +298,8 @@ def test_what_is_not_finite_fails_by_name(tmp_path: Path, kind: str, monkeypatch
     else:
         load = pipeline.load_model
 
-        def poisoned(*arguments: Any) -> Any:
-            model = load(*arguments)
+        def poisoned(*arguments: Any, **more: Any) -> Any:
+            model = load(*arguments, **more)
             with torch.no_grad():
                 model.linears[1]["mlp.up_proj"].stored[0, 0] = float("inf")
             return model
