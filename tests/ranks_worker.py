@@ -18,7 +18,7 @@ def fails(kind: str) -> Any:
     """What the other process meets in place of loading the model."""
 
     def load(*_: object, **more: object) -> None:
-        raise RunError("no luck") if kind == "error" else ZeroDivisionError("a defect")
+        raise {"error": RunError("no luck"), "defect": ZeroDivisionError("a defect")}[kind]
 
     return load
 
