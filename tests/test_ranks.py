@@ -24,6 +24,7 @@ from helpers import overrides_for, run_tiny, state_bytes
 from launching import PATIENCE_S, at_block, ended, kill
 from reprune.engine.activations import Stores
 from reprune.engine.chains import Chains
+from reprune.engine.spread import spreads
 from reprune.errors import ConfigError
 from reprune.files import read_json
 from reprune.model import device
@@ -31,7 +32,7 @@ from reprune.model.device import plan_device
 from reprune.ranks import ALONE, Ranks, groups_of
 from reprune.reconstruction.gradient import sum_gradients
 from reprune.reconstruction.objective import LanguageObjective, Objective, Pairs, WindowObjective
-from support import random_text
+from support import preset, random_text
 
 RUNS: dict[str, tuple[str, ...]] = {
     "sparsegpt": ("pruner=sparsegpt", "reconstruction=br_gp", "reconstruction.epochs=2"),
@@ -46,6 +47,14 @@ RUNS: dict[str, tuple[str, ...]] = {
         "model.architecture=mixtral", "+model.config.num_local_experts=8", "+model.config.intermediate_size=32",
         "calibration.num_sequences=2", "calibration.length=5", "pruner=sparsegpt", "reconstruction=least_squares",
     ),
+    # Three windows for two processes.
+    "independent": ("pruner=sparsegpt", "reconstruction=free_lunch", "reconstruction.epochs=2", "reconstruction.learning_rate=1e-3", "reconstruction.batch_size=1"),
+    "independent_on_disk": (
+        "pruner=wanda", "refine=dsnot", "model.num_blocks=5", "memory.weights=disk", "reconstruction=least_squares",
+        "reconstruction.input_chain=dense", "reconstruction.target_chain=dense", "reconstruction.statistics_chain=dense",
+        "reconstruction.trainable=all", "reconstruction.epochs=1", "reconstruction.window=2", "reconstruction.stride=2",
+    ),
+    "on_disk": ("pruner=sparsegpt", "reconstruction=br_gp_cr", "reconstruction.epochs=1", "memory.weights=disk"),
     "language": ("pruner=magnitude", "reconstruction=full", "reconstruction.learning_rate=1e-4", "transform=vocabulary"),
 }  # fmt: skip
 AGENT = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -218,6 +227,22 @@ def test_what_several_processes_cannot_do_is_refused(together: Together) -> None
     assert not (together.runs / "dry").exists()
     assert "on one machine" in together.said["elsewhere"]
     assert "code 2" in together.said["elsewhere"]
+
+
+def test_independent_windows_alone_are_spread() -> None:
+    """Catches windows that are spread though one reads what another left, and those that could be and are not."""
+    several = Ranks(0, 2)
+    assert spreads(preset("free_lunch"), 1, several)
+    assert spreads(preset("free_lunch", window=2, stride=2), 1, several)
+    assert not spreads(preset("free_lunch"), 1, ALONE)
+    assert not spreads(preset("free_lunch"), 2, several), "a later round is chosen on what the first one left"
+    for reads in ("input_chain", "target_chain", "statistics_chain"):
+        assert not spreads(preset("free_lunch", **{reads: "sparse"}), 1, several)
+    assert not spreads(preset("free_lunch", window=2), 1, several)
+    assert not spreads(preset("free_lunch", window=None, stride=None), 1, several)
+    assert not spreads(preset("free_lunch", granularity="submodule"), 1, several)
+    assert not spreads(preset("free_lunch", within_block="sequential"), 1, several)
+    assert not spreads(preset("br_gp_cr"), 1, several)
 
 
 def test_shares_are_parts_of_the_whole() -> None:

@@ -16,6 +16,7 @@ from reprune.calibration.gather import cut_all, requests_of
 from reprune.calibration.windows import resolve_bos
 from reprune.compose import Composed
 from reprune.config_files import check_published
+from reprune.engine.spread import spreads
 from reprune.engine.windows import windows_over
 from reprune.errors import ConfigError, require_nonnegative
 from reprune.evaluation.suite import SuiteEntry, check_suite, described_tokenizer
@@ -172,7 +173,10 @@ def check(composed: Composed, *, here: bool = True, ranks: Ranks = ALONE) -> Run
     texts, waiting = cut_all(requests, tokenizer, None, seed_data)
     exports = config["export"]["model"], config["export"]["compact"]
     second_gram = refinement is not None and refinement.needs.gram and reads_apart(pruner, refinement)
-    sizes = sizes_of(texts, waiting, shapes, technique, device, needs, second_gram, len(steps), *exports)
+    at_once = ranks.count if spreads(technique, len(steps), ranks) else 1
+    sizes = sizes_of(
+        texts, waiting, shapes, technique, device, needs, second_gram, len(steps), *exports, at_once
+    )
     if transform.keeps_rows:
         outside = shapes.num_parameters - shapes.num_block_parameters
         sizes = replace(sizes, disk=sizes.disk + outside * torch.finfo(device.dtype).bits // 8)

@@ -22,6 +22,7 @@ from reprune.calibration.roles import Texts
 from reprune.calibration.tokens import POSITIONS
 from reprune.engine.activations import Stores
 from reprune.engine.loop import BlockLoop
+from reprune.engine.spread import SpreadLoop, spreads
 from reprune.engine.state import RunState
 from reprune.errors import ConfigError, RunError
 from reprune.evaluation.suite import dense_result, dense_scratch, evaluate_pruned, finished
@@ -236,10 +237,12 @@ def block_loop(
     if state.windows_done() and not folder.finished:
         LOG.info("going on after %d finished windows in %s", state.windows_done(), folder.path)
     traces = plan.config["profile"] and plan.device.ranks.first
-    return BlockLoop(
+    pruning = pruning_plan(plan, model, texts, stores, meter)
+    spread = spreads(plan.technique, len(pruning.rounds), plan.device.ranks)
+    return (SpreadLoop if spread else BlockLoop)(
         model=model,
         texts=texts,
-        pruning=pruning_plan(plan, model, texts, stores, meter),
+        pruning=pruning,
         technique=plan.technique,
         stores=stores,
         state=state,

@@ -76,11 +76,11 @@ class Ranks:
             self._each(tensors, partial(dist.all_reduce, async_op=True))
 
     @torch.no_grad()
-    def same_(self, tensors: Iterable[Tensor]) -> None:
-        """Put the first process's values in the place of each tensor."""
+    def same_(self, tensors: Iterable[Tensor], of: int = 0) -> None:
+        """Put the values of process `of` in the place of each tensor."""
         if self.several:
             # As bytes: not every transport knows every dtype.
-            self._each(tensors, lambda it: dist.broadcast(it.view(-1).view(torch.uint8), 0, async_op=True))
+            self._each(tensors, lambda it: dist.broadcast(it.view(-1).view(torch.uint8), of, async_op=True))
 
     def tell(self, value: Any) -> Any:
         """The first process's value, as JSON gives it back; what the others hand in does not matter."""

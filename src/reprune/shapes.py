@@ -142,18 +142,20 @@ def sizes_of(
     num_rounds: int,
     exports_model: bool,
     exports_compact: bool,
+    windows_at_once: int = 1,
 ) -> Sizes:
     """Weights, activations, statistics, dense copies and training state; block states and exports.
 
-    `second_gram` says that a refinement reads a Gram of other text than the pruner. Of a smaller model only the bound
-    is known, the model's own size.
+    `second_gram` says that a refinement reads a Gram of other text than the pruner; `windows_at_once` are those between
+    which processes are spread. Of a smaller model only the bound is known, the model's own size.
     """
     width = torch.finfo(device.dtype).bits // 8
     window = technique.window or shapes.num_blocks
+    there = window * windows_at_once
     tokens = sum(text.tokens_NT.numel() for text in texts.all)
     tokens += sum((request.source.num_sequences or 0) * (request.source.length or 0) for request in waiting)
-    # Dense boundaries of a window, the pruned chain, and one being written.
-    activations = tokens * shapes.hidden_size * (window + 1 + 3) * width
+    # Dense boundaries of the windows, the pruned chain, and one being written.
+    activations = tokens * shapes.hidden_size * (there + 1 + 3) * width
     if needs.gradients:
         # Every boundary of the dense chain, and two of gradients in float32.
         activations = max(activations, tokens * shapes.hidden_size * ((shapes.num_blocks + 2) * width + 8))
@@ -161,7 +163,10 @@ def sizes_of(
     block = shapes.num_block_parameters // shapes.num_blocks
     outside = shapes.num_parameters - shapes.num_block_parameters
     training = _training(texts, shapes, technique, needs, block * window, outside)
-    dense = block * window * width if technique.needs_dense_weights or num_rounds > 1 else 0
+    dense = block * there * width if technique.needs_dense_weights or num_rounds > 1 else 0
+    if windows_at_once > 1:
+        # A process's own window as it was pruned and as it was trained.
+        dense += 2 * block * window * width
     statistics = _statistics(shapes, technique, needs, second_gram)
     # Statistics are gone when training begins.
     base = max(training, statistics) + dense + LIBRARIES
@@ -172,7 +177,7 @@ def sizes_of(
     disk += weights * (exports_model + exports_compact)
     disk += 8 * shapes.num_block_parameters if needs.gradients else 0
     # A block is read beside its place; a file is mapped while it is written.
-    at_once = (outside + block * (window + 1)) * width
+    at_once = (outside + block * (there + 1)) * width
     return Sizes(
         base, weights, at_once, activations, disk, block * window * width + max(training, statistics)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -94,6 +94,15 @@ class Stores:
     on_disk: bool
     ranks: Ranks = ALONE
     _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def apart(self) -> Stores:
+        """Those of this process alone."""
+        return replace(
+            self,
+            folder=self.folder / f"process_{self.ranks.number}",
+            ranks=ALONE,
+            _numbers=itertools.count(),
+        )
 
     def new(
         self,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -12,7 +14,7 @@ from reprune.calibration.source import TextSet
 from reprune.engine.activations import Activations, Stores
 from reprune.model.loading import LoadedModel
 from reprune.model.packing import check_texts_apart
-from reprune.ranks import Ranks
+from reprune.ranks import ALONE, Ranks
 
 Boundary = dict[str, Activations]
 """One boundary between blocks: a store for each text, by the text's key."""
@@ -33,6 +35,13 @@ class Chains:
     def ranks(self) -> Ranks:
         """The processes that share the work: each computes a part of every text's sequences."""
         return self.model.plan.ranks
+
+    def apart(self) -> Chains:
+        """What is there of both chains, in the hands of this process alone: it reads all sequences, and exchanges nothing."""
+        found = copy(self)
+        found.model = replace(self.model, plan=replace(self.model.plan, ranks=ALONE))
+        found.stores = self.stores.apart()
+        return found
 
     def batches(self, store: Activations) -> Iterator[slice]:
         """This process's sequences, as many at once as go through a block."""

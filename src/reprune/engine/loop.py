@@ -70,18 +70,21 @@ class BlockLoop:
             self.meter.go_on_from(done.measured)
             return done.rows, done.masks
         chains = self._resume(windows)
-        to_do = windows[self._progress.windows :]
-        for window in to_do:
-            self.listener.window(window, len(self.model.blocks), self._num_steps(window))
-            # The first window warms caches up.
-            with self.tracing() if window is to_do[:2][-1] else nullcontext():
-                rows = self._do(chains, window)
-            for row in rows:
-                self.listener.frozen(row)
+        turns = self._turns(windows[self._progress.windows :])
+        for turn in turns:
+            # The first one warms caches up.
+            with self.tracing() if turn is turns[:2][-1] else nullcontext():
+                self._do(chains, turn)
         return self._progress.rows, self._progress.masks
 
-    def _do(self, chains: Chains, window: BlockWindow) -> list[dict[str, Any]]:
-        """Prune what enters a window, reconstruct it, freeze what leaves it; the rows of the latter."""
+    def _turns(self, windows: Sequence[BlockWindow]) -> list[list[BlockWindow]]:
+        """The windows that are done at once, turn by turn."""
+        return [[window] for window in windows]
+
+    def _do(self, chains: Chains, turn: Sequence[BlockWindow]) -> None:
+        """Prune what enters a window, reconstruct it, freeze what leaves it."""
+        [window] = turn
+        self._begin(window)
         untrained = chains.pruned
         # Where weights rest on disk, what happens to them in between is lost before it is committed.
         with self.model.resident(*self.model.blocks[window.first : window.stop]):
@@ -89,9 +92,17 @@ class BlockLoop:
                 untrained = self._prune(chains, window, number)
                 if self._trains(window) and (number in (None, self._last_round) or self._trains_each_round):
                     self._reconstruct(chains, window, number)
-            rows = self._freeze(chains, window, untrained)
-            self._commit(chains, window, rows)
-        return rows
+            self._end(chains, window, untrained)
+
+    def _begin(self, window: BlockWindow) -> None:
+        self.listener.window(window, len(self.model.blocks), self._num_steps(window))
+
+    def _end(self, chains: Chains, window: BlockWindow, untrained: Boundary) -> None:
+        """Freeze what leaves a window and write it down; `untrained` is the pruned chain behind it before its training."""
+        rows = self._freeze(chains, window, untrained)
+        self._commit(chains, window, rows)
+        for row in rows:
+            self.listener.frozen(row)
 
     def _resume(self, windows: Sequence[BlockWindow]) -> Chains:
         """The chains at the first window that is not finished, replayed through the finished blocks."""
@@ -169,12 +180,20 @@ class BlockLoop:
 
     def _prune_block(self, chains: Chains, block: int, number: int, inputs: Boundary) -> Boundary:
         """Prune a block in one round; returns the pruned chain behind it."""
-        progress = self._progress
         if number == 0:
-            with self.meter.stage("dense chain"):
-                chains.advance_dense(block)
-                if self._keeps_dense_weights:
-                    self._dense_weights[block] = dense_copy(self.model, block)
+            self._pass_dense(chains, block)
+        layers = self._prune_layers(chains, block, number, inputs)
+        return self._measure_pruned(chains, block, number, inputs, layers)
+
+    def _pass_dense(self, chains: Chains, block: int) -> None:
+        """The dense chain through a block that is dense still."""
+        with self.meter.stage("dense chain"):
+            chains.advance_dense(block)
+            if self._keeps_dense_weights:
+                self._dense_weights[block] = dense_copy(self.model, block)
+
+    def _prune_layers(self, chains: Chains, block: int, number: int, inputs: Boundary) -> dict[str, Any]:
+        """Prune a block's layers in one round; their rows for the record."""
         pruning = BlockPruning(
             plan=self.pruning,
             technique=self.technique,
@@ -185,10 +204,17 @@ class BlockLoop:
             inputs=inputs,
             dense_inputs=chains.dense[block],
             dense_weights=self._dense_weights.get(block, {}),
-            masks=progress.masks.get(block, {}),
+            masks=self._progress.masks.get(block, {}),
             meter=self.meter,
         )
-        progress.masks[block], layers = pruning.run()
+        self._progress.masks[block], layers = pruning.run()
+        return layers
+
+    def _measure_pruned(
+        self, chains: Chains, block: int, number: int, inputs: Boundary, layers: dict[str, Any]
+    ) -> Boundary:
+        """Note what pruning did to a block; returns the pruned chain behind it."""
+        progress = self._progress
         with self.meter.stage("measuring"):
             outputs = chains.through(block, inputs)
             before = self._errors(chains, block, outputs)

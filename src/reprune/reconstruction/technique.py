@@ -171,6 +171,14 @@ class Technique:
         return self.epochs > 0 and self.trainable != "none"
 
     @property
+    def independent_windows(self) -> bool:
+        """Whether a window reads nothing that another one left: all it sees is dense, and no block lies in two of them."""
+        chains = {self.input_chain, self.target_chain, self.statistics_chain}
+        whole = self.window is None or self.granularity == "submodule"
+        apart = self.window == self.stride and self.within_block == "together"
+        return chains == {"dense"} and apart and not whole
+
+    @property
     def writes_biases(self) -> bool:
         """Whether every layer that is pruned has to have a bias."""
         return self.layerwise is not None and self.layerwise.writes_bias
