@@ -6,46 +6,60 @@ out as the runs of a sweep with three blocks. Timed is the whole command, import
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
+import pytest
 import yaml
+from timing import Measure, Seconds
 
+NUM_BLOCKS = 32
 TECHNIQUES = ("none", "br", "br_gp", "br_gp_cr")
 TINY = (
     "model=tiny", "calibration=vocabulary", "calibration.num_sequences=3", "calibration.length=16",
     "~calibration@probes.wiki", "~calibration@probes.code", "evaluation=none", "tracking=jsonl", "threads=1",
 )  # fmt: skip
 
+SETTINGS = ("runs",)
 
-def main() -> None:
-    """Make the runs, report on them, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--blocks", type=int, default=32, help="blocks of the model that the copies tell of")
-    parser.add_argument("--times", type=int, default=3)
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        made = make_runs(Path(place) / "runs", given.runs, given.blocks)
-        seconds = []
-        for _ in range(given.times):
-            begun = time.perf_counter()
-            command = [sys.executable, "-m", "reprune.reporting.cli", str(Path(place) / "runs")]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            seconds.append(time.perf_counter() - begun)
-        told = ", ".join(f"{one:.1f}" for one in seconds)
-        load = os.getloadavg()[0]
-        print(f"{made} runs of {given.blocks} blocks: median {median(seconds):.1f} s of {told} s")
-        print(f"{os.cpu_count()} cores, load {load:.1f} when it ended")
+
+def arms(config: pytest.Config) -> list[str]:
+    """The command as it is."""
+    return ["report"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The folder of the runs."""
+    folder = tmp_path_factory.mktemp("report") / "runs"
+    assert make_runs(folder, request.config.getoption("runs"), NUM_BLOCKS) == request.config.getoption("runs")
+    return folder
+
+
+def test_report(arm: str, runs: Path, measure: Measure) -> None:
+    """One report."""
+    command = [sys.executable, "-m", "reprune.reporting.cli", str(runs)]
+    measure(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
+
+
+def test_table(seconds: Seconds, told: list[dict[str, Any]], request: pytest.FixtureRequest) -> None:
+    """What the rounds come to."""
+    took = seconds["report"]
+    told.append(
+        {
+            "runs": request.config.getoption("runs"),
+            "blocks": NUM_BLOCKS,
+            "seconds": median(took),
+            "lowest": min(took),
+            "highest": max(took),
+        }
+    )
 
 
 def make_runs(folder: Path, count: int, num_blocks: int) -> int:
@@ -95,7 +109,3 @@ def _lengthen(path: Path, num_blocks: int) -> None:
         training = [{**one, "window": block} for one in row["training"]]
         longer.append({**row, "block": block, "training": training})
     (path / "blocks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in longer))
-
-
-if __name__ == "__main__":
-    main()

@@ -10,18 +10,14 @@ same round:
     Wanda        statistics and forward: choosing a mask has no product in it
     br_gp        training steps, batch of 8: three times the forward pass, 6 · weights · tokens beside the attention
 
-Arms take turns within a round; shown are medians over rounds of seconds and of ratios within a round. 'share' is floor
-over ours; '× reference' is the public codes' mathematics (benchmarks/reference_layers.py) over ours; 'distance' is
-(reference − floor)/(ours − floor), how many times nearer to the floor we come. With --clock cpu seconds are
-those of the processor, for one thread on a machine that does other work too.
+Arms take turns within a round; shown are medians over rounds of seconds and of ratios within a round. `share` is floor
+over ours; `times_reference` is the public codes' mathematics (benchmarks/reference_layers.py) over ours; `times_nearer`
+is (reference − floor)/(ours − floor), how many times nearer to the floor we come. `rate` is GFLOP/s of bare products.
+With --benchmark-timer=time.process_time seconds are the processor's, for one thread on a machine that does other work too.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,8 +25,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pytest
 import torch
-from machine import machine
 from reference_layers import (
     Reference,
     SparseGPTReference,
@@ -38,11 +34,8 @@ from reference_layers import (
     reference_pass,
     reference_statistics,
 )
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from timing import Measure, Seconds
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from reprune.calibration.source import TextSet
 from reprune.engine.activations import Stores
@@ -69,51 +62,55 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {
     "llama_7b": (4096, 11008, 32, 32),
 }
 """Hidden size, intermediate size, heads, key-value heads."""
+LAYERS = {
+    name: [(d, d), (d // heads * kept, d), (wide, d), (d, wide)]
+    for name, (d, wide, heads, kept) in SHAPES.items()
+}
+"""[d_out, d_in] of the layers."""
 
 SPARSITY = 0.5
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-Arms = dict[str, Callable[[], Any]]
+Work = dict[str, Callable[[], Any]]
+REFERENCE = ", reference"
+
+SETTINGS = ("shapes", "windows", "length")
 
 
-def main() -> None:
-    """Make the block, measure in turns, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shapes", choices=list(SHAPES), default="smollm2_135m")
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument(
-        "--no-training", action="store_true", help="leave the training steps out, which take memory"
-    )
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    given = parser.parse_args()
-    transformers_logging.disable_progress_bar()
-    bench = Bench.of(given.shapes, given.sequences, given.length, given.threads)
-    arms = {**bench.products(), **bench.stages(), **({} if given.no_training else bench.training())}
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    clock = CLOCKS[given.clock]
-    for number in range(given.rounds + 1):
-        for name, work in arms.items():
-            print(f"round {number} of {given.rounds}, {name}", file=sys.stderr)
-            start = clock()
-            work()
-            took = clock() - start
-            # The first round warms up.
-            if number:
-                seconds[name].append(took)
-    rows = bench.rows(seconds)
-    console = Console(width=120 if not sys.stdout.isatty() else None, highlight=False)
-    console.print(f"{machine(given.threads)}, {given.clock} clock")
-    console.print(f"{given.shapes}, {given.sequences} × {given.length} tokens, {given.rounds} rounds")
-    console.print(table(rows))
-    if given.csv is not None:
-        settings = {
-            "machine": machine(given.threads),
-            **{key: getattr(given, key) for key in ("shapes", "sequences", "length", "rounds", "clock")},
-        }
-        append(given.csv, [{**settings, **row} for row in rows])
+def arms(config: pytest.Config) -> list[str]:
+    """Bare products, then ours and the reference's, then training."""
+    shapes = set(LAYERS[config.getoption("shapes")])
+    columns = {shape[1] for shape in shapes}
+    names = [f"x W {rows}x{columns}" for rows, columns in sorted(shapes)]
+    names += [f"{kind} {width}" for width in sorted(columns) for kind in ("x x", "H H")]
+    stages = [
+        "forward",
+        *(f"{name} {part}" for name in ("SparseGPT", "Wanda") for part in ("statistics", "solve")),
+    ]
+    names += [f"{stage}{whose}" for stage in stages for whose in ("", REFERENCE)]
+    return names if config.getoption("no_training") else [*names, "br_gp"]
+
+
+@pytest.fixture(scope="module")
+def bench(request: pytest.FixtureRequest) -> Bench:
+    """The block."""
+    given = request.config.getoption
+    return Bench.of(given("shapes"), given("windows"), given("length"), given("threads"))
+
+
+@pytest.fixture(scope="module")
+def work(bench: Bench, request: pytest.FixtureRequest) -> Work:
+    """What each arm does."""
+    training = {} if request.config.getoption("no_training") else bench.training()
+    return {**bench.products(), **bench.stages(), **training}
+
+
+def test_arm(arm: str, work: Work, measure: Measure) -> None:
+    """One arm in one round."""
+    measure(work[arm])
+
+
+def test_shares(bench: Bench, seconds: Seconds, told: list[dict[str, Any]]) -> None:
+    """What the rounds come to."""
+    told += bench.rows(seconds)
 
 
 @dataclass
@@ -155,9 +152,9 @@ class Bench:
         """Tokens of the text."""
         return self.text.tokens_NT.numel()
 
-    def products(self) -> Arms:
+    def products(self) -> Work:
         """Bare products, whose seconds give the rate at each shape."""
-        arms: Arms = {}
+        arms: Work = {}
         for rows, columns in {tuple(weight.shape) for weight in self.weights.values()}:
             x, weight = torch.randn(self.num_tokens, columns), torch.randn(rows, columns)
             arms[f"x W {rows}x{columns}"] = partial(torch.mm, x, weight.T)
@@ -167,7 +164,7 @@ class Bench:
             arms[f"H H {columns}"] = partial(torch.mm, square, square)
         return arms
 
-    def stages(self) -> Arms:
+    def stages(self) -> Work:
         """Ours and the reference's: passes, statistics, solves."""
         views, chains = self.model.linears[0], self.chains
         block, states = self.model.blocks[0], self.chains.pruned[self.text.key].states_NTH
@@ -200,7 +197,7 @@ class Bench:
             for layer, found in self.references[name].items():
                 found.prune(self.weights[layer], SPARSITY)
 
-        arms: Arms = {
+        arms: Work = {
             "forward": lambda: chains.through(0, chains.pruned),
             "forward, reference": lambda: reference_pass(partial(call.run, block), states),
         }
@@ -211,7 +208,7 @@ class Bench:
             arms[f"{name} solve, reference"] = partial(reference_solve, name)
         return arms
 
-    def training(self) -> Arms:
+    def training(self) -> Work:
         """An epoch of br_gp on the block at half of its weights."""
         technique = Technique(epochs=1, batch_size=min(8, len(self.text.tokens_NT)))
         source = self.chains.pruned[self.text.key]
@@ -298,7 +295,7 @@ class Bench:
         rates = {name: count / median(seconds[name]) / 1e9 for name, count in flops.items()}
         return [
             *rows,
-            *({"stage": f"rate {name[4:]}, GFLOP/s", "rate": rate} for name, rate in rates.items()),
+            *({"stage": f"product {name[4:]}", "rate": rate} for name, rate in rates.items()),
         ]
 
 
@@ -312,46 +309,8 @@ STAGES = (
     "Wanda",
     "br_gp",
 )
-COLUMNS = (
-    "stage", "seconds", "floor_seconds", "share", "reference_seconds", "times_reference", "times_nearer", "rate",
-)  # fmt: skip
 
 
 def without_factor(found: InputStatistics) -> InputStatistics:
     """The same sums, nothing computed from them yet."""
     return InputStatistics(found.num_tokens, found.sums, found.sum_squares, found.gram)
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    """All rows but those of the rates, which stand beside the machine."""
-    shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
-    for column in ("", "ms", "floor", "share", "reference ms", "× reference", "× nearer", "GFLOP/s"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        cells = [row["stage"]]
-        for column, factor, form in (
-            ("seconds", 1e3, ".1f"), ("floor_seconds", 1e3, ".1f"), ("share", 100, ".0f"),
-            ("reference_seconds", 1e3, ".1f"), ("times_reference", 1, ".2f"), ("times_nearer", 1, ".1f"), ("rate", 1, ".0f"),
-        ):  # fmt: skip
-            value = row.get(column)
-            cells.append("" if value is None else f"{factor * value:{form}}")
-        shown.add_row(*cells)
-    return shown
-
-
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a CSV file, which is made with a header where it is not there."""
-    fields = ["machine", "shapes", "sequences", "length", "rounds", "clock", *COLUMNS]
-    there = path.exists()
-    with path.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fields, lineterminator="\n")
-        if not there:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
-            )
-
-
-if __name__ == "__main__":
-    main()
