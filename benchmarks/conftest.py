@@ -3,7 +3,7 @@
     .venv/bin/python -m pytest benchmarks/test_speed.py --rounds 5 --csv FILE
 
 A module names its arms (`arms(config)`) and the options that it heeds (`SETTINGS`); every round has all of them, one after the other, so that a ratio is of one
-round, whatever else the machine does. The first round warms up. pytest-benchmark's own options go on working
+round, whatever else the machine does. The first round warms up, and is the one in which memory is measured. pytest-benchmark's own options go on working
 (`--benchmark-timer=time.process_time`, `--benchmark-json=FILE`, `--benchmark-verbose`).
 """
 

@@ -12,16 +12,14 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from timing import Measure, Seconds, against
+from timing import Measure, Seconds, against, with_peak
 from torch import Tensor
 
 from reprune.model import head
 from reprune.model.likelihood import token_losses
 from reprune.model.loading import LoadedModel
-from reprune.resources import StageMeter
 from reprune.seeding import generator
 
 WHOLE = "whole"
@@ -45,7 +43,7 @@ def tokens(model: LoadedModel, request: pytest.FixtureRequest) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, list[tuple[Tensor, int]]]:
+def found() -> dict[str, tuple[Tensor, int]]:
     """Losses and bytes beyond rest, by arm."""
     return {}
 
@@ -55,17 +53,16 @@ def test_losses(
 ) -> None:
     """One arm in one round."""
     ways = {WHOLE: whole_losses, **{f"2^{power}": chunked(2**power) for power in POWERS}}
-    meter, resting = StageMeter(model.plan), resting_bytes(model)
-    with model.plan.holding(model.model), meter.stage(arm):
-        losses = measure(lambda: ways[arm](model, tokens))
-    if number:
-        peaks = meter.device_peak_bytes or meter.peak_bytes
-        found.setdefault(arm, []).append((losses, peaks[arm] - resting))
+    with model.plan.holding(model.model):
+        if number:
+            measure(lambda: ways[arm](model, tokens))
+        else:
+            found[arm] = with_peak(model, lambda: measure(lambda: ways[arm](model, tokens)))
 
 
 def test_table(tokens: Tensor, seconds: Seconds, found: dict[str, Any], told: list[dict[str, Any]]) -> None:
     """What the rounds come to."""
-    whole = found[WHOLE][0][0]
+    whole = found[WHOLE][0]
     times = against(seconds, WHOLE)
     for name, took in seconds.items():
         told.append(
@@ -73,8 +70,8 @@ def test_table(tokens: Tensor, seconds: Seconds, found: dict[str, Any], told: li
                 "logits at once": name,
                 "tokens_a_second": tokens.numel() / median(took),
                 "times_whole": 1 / times[name],
-                "mib_beyond_rest": median(peak for _, peak in found[name]) / 2**20,
-                "largest_difference": float((found[name][0][0] - whole).abs().max()),
+                "mib_beyond_rest": found[name][1] / 2**20,
+                "largest_difference": float((found[name][0] - whole).abs().max()),
             }
         )
 
@@ -104,10 +101,3 @@ def chunked(at_once: int) -> Losses:
             head.LOGITS_AT_ONCE = usual
 
     return losses
-
-
-def resting_bytes(model: LoadedModel) -> int:
-    """Memory that is taken when nothing is computed."""
-    if model.plan.kind == "cuda":
-        return int(torch.cuda.memory_allocated(model.plan.device))
-    return int(psutil.Process().memory_info().rss)

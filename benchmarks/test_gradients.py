@@ -14,20 +14,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from timing import Measure, Seconds, against
+from timing import Measure, Seconds, against, with_peak
 from torch import Tensor
 
 from reprune.calibration.source import TextSet
 from reprune.engine.activations import Stores
 from reprune.engine.gradients import ModelGradients
 from reprune.model.description import hidden_size_of
-from reprune.model.device import release_memory
 from reprune.model.loading import LoadedModel
 from reprune.reconstruction.objective import next_token_loss
-from reprune.resources import StageMeter
 from reprune.seeding import generator
 
 Way = Callable[[LoadedModel, TextSet, Path], dict[str, Tensor]]
@@ -51,7 +48,7 @@ def text(model: LoadedModel, request: pytest.FixtureRequest) -> TextSet:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, list[tuple[dict[str, Tensor], int]]]:
+def found() -> dict[str, tuple[dict[str, Tensor], int]]:
     """Mean gradients and bytes beyond rest, by arm."""
     return {}
 
@@ -67,26 +64,23 @@ def test_gradients(
 ) -> None:
     """One arm in one round."""
     ways: dict[str, Way] = {WHOLE: whole, BY_BLOCK: by_block, IN_FILES: in_files}
-    release_memory()
-    meter, resting = StageMeter(model.plan), int(psutil.Process().memory_info().rss)
-    with meter.stage(arm):
-        means = measure(lambda: ways[arm](model, text, tmp_path))
     if number:
-        peaks = meter.device_peak_bytes or meter.peak_bytes
-        found.setdefault(arm, []).append((means, peaks[arm] - resting))
+        measure(lambda: ways[arm](model, text, tmp_path))
+    else:
+        found[arm] = with_peak(model, lambda: measure(lambda: ways[arm](model, text, tmp_path)))
 
 
 def test_table(seconds: Seconds, found: dict[str, Any], told: list[dict[str, Any]]) -> None:
     """What the rounds come to."""
-    base, times = found[WHOLE][0][0], against(seconds, WHOLE)
+    base, times = found[WHOLE][0], against(seconds, WHOLE)
     for name, took in seconds.items():
-        means = found[name][0][0]
+        means = found[name][0]
         told.append(
             {
                 "way": name,
                 "seconds": median(took),
                 "times_whole": times[name],
-                "mib_beyond_rest": median(peak for _, peak in found[name]) / 2**20,
+                "mib_beyond_rest": found[name][1] / 2**20,
                 "largest_difference": max(
                     float((mean - base[layer]).abs().max() / base[layer].abs().max())
                     for layer, mean in means.items()
