@@ -1,6 +1,6 @@
 """What the timed benchmarks share: pytest-benchmark measures, arms take turns, a table is printed, a CSV file kept.
 
-    .venv/bin/python -m pytest benchmarks/test_speed.py --rounds 5 --csv FILE
+    .venv/bin/python -m pytest benchmarks/bench_speed.py --rounds 5 --csv FILE
 
 A module names its arms (`arms(config)`) and the options that it heeds (`SETTINGS`); every round has all of them, one after the other, so that a ratio is of one
 round, whatever else the machine does. The first round warms up, and is the one in which memory is measured. pytest-benchmark's own options go on working
@@ -23,6 +23,7 @@ from rich.table import Table
 from timing import Measure, Seconds, loaded
 from transformers.utils import logging as transformers_logging
 
+from reprune.model.device import plan_device
 from reprune.model.loading import LoadedModel
 
 LINES = pytest.StashKey[list[Any]]()
@@ -39,9 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu")
     group.addoption("--length", type=int, default=256, help="tokens a window")
     group.addoption("--windows", type=int, default=8)
-    group.addoption("--shapes", default="smollm2_135m", help="test_speed: smollm2_135m or llama_7b")
-    group.addoption("--no-training", action="store_true", help="test_speed: without training steps")
-    group.addoption("--runs", type=int, default=200, help="test_report: how many runs it reads")
+    group.addoption("--shapes", default="smollm2_135m", help="bench_speed: smollm2_135m or llama_7b")
+    group.addoption("--no-training", action="store_true", help="bench_speed: without training steps")
+    group.addoption("--runs", type=int, default=200, help="bench_report: how many runs it reads")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,7 +62,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """What pytest-benchmark does not know of."""
-    machine_info["reprune"] = machine(config.getoption("threads"))
+    machine_info["reprune"] = _machine(config)
 
 
 @pytest.fixture(scope="module")
@@ -105,18 +106,27 @@ def told(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
     for row in rows:
         shown.add_row(*(_cell(row.get(column)) for column in columns))
     clock = getattr(config.option.benchmark_timer, "__name__", config.option.benchmark_timer)
-    lines += [f"{machine(config.getoption('threads'))}, {clock}", shown]
+    lines += [f"{_machine(config)}, {clock}", shown]
     if config.getoption("csv") is not None:
         names = ("rounds", *request.module.SETTINGS)
         settings = {name: config.getoption(name) for name in names} | {"clock": str(clock)}
-        new = pd.DataFrame(rows).assign(
-            benchmark=request.path.stem.removeprefix("test_"),
-            **settings,
-            machine=machine(config.getoption("threads")),
+        measured = [
+            {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
+            for row in rows
+        ]
+        new = pd.DataFrame(measured).assign(
+            benchmark=request.path.stem.removeprefix("bench_"), **settings, machine=_machine(config)
         )
         path: Path = config.getoption("csv")
-        old = [pd.read_csv(path)] if path.is_file() else []
-        pd.concat([*old, new]).to_csv(path, index=False, float_format="%.4g")
+        # As text: what was written stays as it is.
+        old = [pd.read_csv(path, dtype=str)] if path.is_file() else []
+        pd.concat([*old, new.astype("object")]).to_csv(path, index=False)
+
+
+def _machine(config: pytest.Config) -> str:
+    """What computes."""
+    plan = plan_device(config.getoption("device"), "float32", None, config.getoption("threads"))
+    return machine(plan.num_threads) if plan.kind == "cpu" else plan.name
 
 
 def _cell(value: Any) -> str:

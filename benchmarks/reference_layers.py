@@ -1,4 +1,4 @@
-"""The layer mathematics of SparseGPT's and Wanda's public codes, in words of our own, for benchmarks/test_speed.py.
+"""The layer mathematics of SparseGPT's and Wanda's public codes, in words of our own, for benchmarks/bench_speed.py.
 
 What they do, known from their publications, and nothing of their code: a pass of one sequence at a time for the
 statistics of every layer by itself, a layer pruned by itself, and another pass of one sequence at a time for the outputs.

@@ -51,10 +51,12 @@ def with_peak(model: LoadedModel, work: Callable[[], Any]) -> tuple[Any, int]:
     glibc gives tensors back as they are freed, so that none hides in what an earlier arm had; that is slow, and ends with it.
     """
     _keep_freed_below(2**18)
-    meter, resting = StageMeter(model.plan), _resting_bytes(model)
-    with meter.stage("work"):
-        found = work()
-    _keep_freed_below(2**25)
+    try:
+        meter, resting = StageMeter(model.plan), _resting_bytes(model)
+        with meter.stage("work"):
+            found = work()
+    finally:
+        _keep_freed_below(2**25)
     return found, (meter.device_peak_bytes or meter.peak_bytes)["work"] - resting
 
 

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore
 
 from conftest import MakeModel
-from helpers import overrides_for, run_tiny, state_bytes
+from helpers import overrides_for, plan_of, run_tiny, state_bytes
 from launching import PATIENCE_S, at_block, ended, kill
 from reprune.engine.activations import Stores
 from reprune.engine.chains import Chains
 from reprune.engine.spread import spreads
-from reprune.errors import ConfigError
+from reprune.errors import ConfigError, RunError
 from reprune.files import read_json
 from reprune.model import device
 from reprune.model.device import plan_device
+from reprune.pipeline import run
 from reprune.ranks import ALONE, Ranks, groups_of
 from reprune.reconstruction.gradient import sum_gradients
 from reprune.reconstruction.objective import LanguageObjective, Objective, Pairs, WindowObjective
@@ -54,6 +55,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         "reconstruction.input_chain=dense", "reconstruction.target_chain=dense", "reconstruction.statistics_chain=dense",
         "reconstruction.trainable=all", "reconstruction.epochs=1", "reconstruction.window=2", "reconstruction.stride=2",
     ),
+    "going_on": ("pruner=wanda", "reconstruction=free_lunch", "model.num_blocks=4"),
     "on_disk": ("pruner=sparsegpt", "reconstruction=br_gp_cr", "reconstruction.epochs=1", "memory.weights=disk"),
     "language": ("pruner=magnitude", "reconstruction=full", "reconstruction.learning_rate=1e-4", "transform=vocabulary"),
 }  # fmt: skip
@@ -76,6 +78,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Together:
     """A run whose second process is killed, under torchrun; then all commands in one pair of processes."""
     folder = tmp_path_factory.mktemp("together")
     killed = _killed(folder / "killed")
+    _begun(folder / "going_on")
     commands = [
         {"name": name, "arguments": overrides_for(folder / name, *choices)} for name, choices in RUNS.items()
     ]
@@ -113,6 +116,17 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Together:
     parts = said.split("== ")
     found = {part.splitlines()[0]: part + following for part, following in pairwise(parts[1:])}
     return Together(folder, {it["name"]: found[it["name"]] for it in commands}, others, killed)  # type: ignore[index]
+
+
+def _begun(output_dir: Path) -> None:
+    """One process does all windows but the last, so that one of two has none left."""
+
+    def stop(windows: int) -> None:
+        if windows == 3:
+            raise RunError("enough")
+
+    with pytest.raises(RunError, match="enough"):
+        run(plan_of(output_dir, *RUNS["going_on"]), stop)
 
 
 def _killed(output_dir: Path) -> tuple[int, str, dict[str, Any]]:
@@ -232,17 +246,33 @@ def test_what_several_processes_cannot_do_is_refused(together: Together) -> None
 def test_independent_windows_alone_are_spread() -> None:
     """Catches windows that are spread though one reads what another left, and those that could be and are not."""
     several = Ranks(0, 2)
-    assert spreads(preset("free_lunch"), 1, several)
-    assert spreads(preset("free_lunch", window=2, stride=2), 1, several)
-    assert not spreads(preset("free_lunch"), 1, ALONE)
-    assert not spreads(preset("free_lunch"), 2, several), "a later round is chosen on what the first one left"
+    assert spreads(preset("free_lunch"), 1, None, several)
+    assert spreads(preset("free_lunch", window=2, stride=2), 1, None, several)
+    assert not spreads(preset("free_lunch"), 1, None, ALONE)
+    assert not spreads(preset("free_lunch"), 1, "0.q and 1.q", several)
+    assert not spreads(preset("free_lunch"), 2, None, several), (
+        "a later round is chosen on what the first one left"
+    )
     for reads in ("input_chain", "target_chain", "statistics_chain"):
-        assert not spreads(preset("free_lunch", **{reads: "sparse"}), 1, several)
-    assert not spreads(preset("free_lunch", window=2), 1, several)
-    assert not spreads(preset("free_lunch", window=None, stride=None), 1, several)
-    assert not spreads(preset("free_lunch", granularity="submodule"), 1, several)
-    assert not spreads(preset("free_lunch", within_block="sequential"), 1, several)
-    assert not spreads(preset("br_gp_cr"), 1, several)
+        assert not spreads(preset("free_lunch", **{reads: "sparse"}), 1, None, several)
+    assert not spreads(preset("free_lunch", window=2), 1, None, several)
+    assert not spreads(preset("free_lunch", window=None, stride=None), 1, None, several)
+    assert not spreads(preset("free_lunch", granularity="submodule"), 1, None, several)
+    assert not spreads(preset("free_lunch", within_block="sequential"), 1, None, several)
+    assert not spreads(preset("br_gp_cr"), 1, None, several)
+
+
+def test_each_process_trains_its_own_windows(together: Together) -> None:
+    """Catches windows that are shared after all, and those that go on in the wrong process."""
+    trained = {
+        name: [
+            json.loads(line)["training"][0].get("process")
+            for line in (run / "blocks.jsonl").read_text().splitlines()
+        ]
+        for name in ("independent", "going_on")
+        for run in (together.runs / name).glob("tiny-*")
+    }
+    assert trained == {"independent": [0, 1, 0], "going_on": [None, None, None, 0]}
 
 
 def test_shares_are_parts_of_the_whole() -> None:

@@ -173,7 +173,7 @@ def check(composed: Composed, *, here: bool = True, ranks: Ranks = ALONE) -> Run
     texts, waiting = cut_all(requests, tokenizer, None, seed_data)
     exports = config["export"]["model"], config["export"]["compact"]
     second_gram = refinement is not None and refinement.needs.gram and reads_apart(pruner, refinement)
-    at_once = ranks.count if spreads(technique, len(steps), ranks) else 1
+    at_once = ranks.count if spreads(technique, len(steps), shapes.tied, ranks) else 1
     sizes = sizes_of(
         texts, waiting, shapes, technique, device, needs, second_gram, len(steps), *exports, at_once
     )

@@ -238,7 +238,7 @@ def block_loop(
         LOG.info("going on after %d finished windows in %s", state.windows_done(), folder.path)
     traces = plan.config["profile"] and plan.device.ranks.first
     pruning = pruning_plan(plan, model, texts, stores, meter)
-    spread = spreads(plan.technique, len(pruning.rounds), plan.device.ranks)
+    spread = spreads(plan.technique, len(pruning.rounds), plan.shapes.tied, plan.device.ranks)
     return (SpreadLoop if spread else BlockLoop)(
         model=model,
         texts=texts,

@@ -151,7 +151,7 @@ def sizes_of(
     """
     width = torch.finfo(device.dtype).bits // 8
     window = technique.window or shapes.num_blocks
-    there = window * windows_at_once
+    there = min(window * windows_at_once, shapes.num_blocks)
     tokens = sum(text.tokens_NT.numel() for text in texts.all)
     tokens += sum((request.source.num_sequences or 0) * (request.source.length or 0) for request in waiting)
     # Dense boundaries of the windows, the pruned chain, and one being written.
@@ -163,7 +163,7 @@ def sizes_of(
     block = shapes.num_block_parameters // shapes.num_blocks
     outside = shapes.num_parameters - shapes.num_block_parameters
     training = _training(texts, shapes, technique, needs, block * window, outside)
-    dense = block * there * width if technique.needs_dense_weights or num_rounds > 1 else 0
+    dense = block * window * width if technique.needs_dense_weights or num_rounds > 1 else 0
     if windows_at_once > 1:
         # A process's own window as it was pruned and as it was trained.
         dense += 2 * block * window * width
@@ -177,7 +177,7 @@ def sizes_of(
     disk += weights * (exports_model + exports_compact)
     disk += 8 * shapes.num_block_parameters if needs.gradients else 0
     # A block is read beside its place; a file is mapped while it is written.
-    at_once = (outside + block * (there + 1)) * width
+    at_once = (outside + block * (min(2 * window, there) + 1)) * width
     return Sizes(
         base, weights, at_once, activations, disk, block * window * width + max(training, statistics)
     )

@@ -179,8 +179,6 @@ class BlockPruning:
         notes = [*pruned.notes, *(statistics.notes if statistics is not None else [])]
         if len(plan.rounds) > 1:
             notes = [f"round {self.number + 1}: {note}" for note in notes]
-        for note in notes:
-            LOG.warning("%s: %s", place, note)
         row: dict[str, Any] = {
             "planned": plan.rounds[self.number][full],
             "measured": 1 - float(pruned.keep.double().mean()),
@@ -198,8 +196,6 @@ class BlockPruning:
             assert layerwise is not None
             solved = layerwise.solve(self._dense(view), pruned.weight, pruned.keep, *solving, place)
             result, row[layerwise.name] = solved.weight, dict(solved.told)
-            for note in solved.told.get("notes", []):
-                LOG.warning("%s: %s", place, note)
             if solved.bias_change is not None:
                 change = solved.bias_change
                 if plan.pattern.units:
@@ -207,9 +203,18 @@ class BlockPruning:
                     change = change.masked_fill(~pruned.keep.any(dim=1), 0)
                 view.write_bias(self.dense_weights[view.bias].to(change.device).float() + change)
         view.write(result)
+        say_notes(self.block, {name: row})
         self.chains.model.plan.synchronise()
         return view.orient(pruned.keep).cpu().contiguous(), row
 
     def _dense(self, view: LinearView) -> Tensor:
         """The layer's dense weight [d_out, d_in]."""
         return view.orient(view.of(self.dense_weights[view.parameter])).to(view.weight.device)
+
+
+def say_notes(block: int, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Warn of what was noted in rows of the record, of layers by name."""
+    for name, row in layers.items():
+        parts = [row, *(part for part in row.values() if isinstance(part, Mapping))]
+        for note in [note for part in parts for note in part.get("notes", [])]:
+            LOG.warning("block %d, layer %s: %s", block, name, note)

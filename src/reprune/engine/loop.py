@@ -29,7 +29,7 @@ class Listener(Protocol):
     """Who is told how the loop gets on."""
 
     def window(self, window: BlockWindow, num_blocks: int, steps: int) -> None:
-        """A window begins; `steps` optimiser steps will follow."""
+        """A window begins; `steps` optimiser steps of this process will follow."""
         ...
 
     def step(self) -> None:
@@ -84,7 +84,7 @@ class BlockLoop:
     def _do(self, chains: Chains, turn: Sequence[BlockWindow]) -> None:
         """Prune what enters a window, reconstruct it, freeze what leaves it."""
         [window] = turn
-        self._begin(window)
+        self._begin(window, self._num_steps(window))
         untrained = chains.pruned
         # Where weights rest on disk, what happens to them in between is lost before it is committed.
         with self.model.resident(*self.model.blocks[window.first : window.stop]):
@@ -94,8 +94,8 @@ class BlockLoop:
                     self._reconstruct(chains, window, number)
             self._end(chains, window, untrained)
 
-    def _begin(self, window: BlockWindow) -> None:
-        self.listener.window(window, len(self.model.blocks), self._num_steps(window))
+    def _begin(self, window: BlockWindow, steps: int) -> None:
+        self.listener.window(window, len(self.model.blocks), steps)
 
     def _end(self, chains: Chains, window: BlockWindow, untrained: Boundary) -> None:
         """Freeze what leaves a window and write it down; `untrained` is the pruned chain behind it before its training."""
@@ -181,16 +181,16 @@ class BlockLoop:
     def _prune_block(self, chains: Chains, block: int, number: int, inputs: Boundary) -> Boundary:
         """Prune a block in one round; returns the pruned chain behind it."""
         if number == 0:
-            self._pass_dense(chains, block)
+            with self.meter.stage("dense chain"):
+                chains.advance_dense(block)
+                self._keep_dense(block)
         layers = self._prune_layers(chains, block, number, inputs)
         return self._measure_pruned(chains, block, number, inputs, layers)
 
-    def _pass_dense(self, chains: Chains, block: int) -> None:
-        """The dense chain through a block that is dense still."""
-        with self.meter.stage("dense chain"):
-            chains.advance_dense(block)
-            if self._keeps_dense_weights:
-                self._dense_weights[block] = dense_copy(self.model, block)
+    def _keep_dense(self, block: int) -> None:
+        """Copy the weights of a block that is dense still, where they are read later."""
+        if self._keeps_dense_weights:
+            self._dense_weights[block] = dense_copy(self.model, block)
 
     def _prune_layers(self, chains: Chains, block: int, number: int, inputs: Boundary) -> dict[str, Any]:
         """Prune a block's layers in one round; their rows for the record."""

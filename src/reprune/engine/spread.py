@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reprune.engine.chains import Boundary, Chains, dense_copy
+from reprune.engine.layers import say_notes
 from reprune.engine.loop import BlockLoop
 from reprune.engine.windows import BlockWindow
 from reprune.ranks import Ranks
 from reprune.reconstruction.technique import Technique
 
-LOG = logging.getLogger("reprune")
 
+def spreads(technique: Technique, num_rounds: int, tied: str | None, ranks: Ranks) -> bool:
+    """Whether processes take a window each (arXiv 2510.14444), rather than a part of every window's text.
 
-def spreads(technique: Technique, num_rounds: int, ranks: Ranks) -> bool:
-    """Whether processes take a window each (arXiv 2510.14444), rather than a part of every window's text."""
-    return ranks.several and num_rounds == 1 and technique.independent_windows
+    `tied` names tensors that blocks share, None where they share none: windows with the same weights are not independent.
+    """
+    return ranks.several and num_rounds == 1 and tied is None and technique.independent_windows
 
 
 @dataclass
@@ -38,27 +39,44 @@ class SpreadLoop(BlockLoop):
         return [list(windows[start : start + count]) for start in range(0, len(windows), count)]
 
     def _do(self, chains: Chains, turn: Sequence[BlockWindow]) -> None:
-        blocks = [block for window in turn for block in range(window.first, window.stop)]
-        with self.model.resident(*(self.model.blocks[block] for block in blocks)):
-            for block in blocks:
-                self._pass_dense(chains, block)
-            mine = [self._alone(chains, window) for window in turn[chains.ranks.number :][:1]]
+        number = chains.ranks.number
+        mine = turn[number] if number < len(turn) else None
+        # What this process changes must not be read again before it is committed.
+        with self.model.resident(*([] if mine is None else self._blocks(mine))):
+            with self.meter.stage("dense chain"):
+                for block in range(turn[0].first, turn[-1].stop):
+                    chains.advance_dense(block)
+            done = None if mine is None else self._alone(chains, mine)
             for owner, window in enumerate(turn):
-                own = mine[0] if owner == chains.ranks.number else None
-                self._end(chains, window, self._taken_over(chains, window, owner, own))
+                own = done if owner == number else None
+                if own is None:
+                    self._begin(window, 0)
+                with self.model.resident(*self._blocks(window)):
+                    self._end(chains, window, self._taken_over(chains, window, owner, own))
+
+    def _blocks(self, window: BlockWindow) -> list[nn.Module]:
+        return [self.model.blocks[block] for block in range(window.first, window.stop)]
 
     def _alone(self, chains: Chains, window: BlockWindow) -> _Done:
         """Prune and train a window in this process."""
         alone = chains.apart()
         blocks = range(window.first, window.stop)
-        self._begin(window)
+        self._begin(window, self._num_steps(window))
+        for block in blocks:
+            self._keep_dense(block)
         layers = {block: self._prune_layers(alone, block, 0, chains.dense[block]) for block in blocks}
         pruned = [dict(dense_copy(self.model, block)) for block in blocks]
         for block in blocks:
             self._progress.pending[block] = {"training": []}
         if self._trains(window):
             self._reconstruct(alone, window, 0)
-        training = {block: self._progress.pending.pop(block)["training"] for block in blocks}
+        training = {
+            block: [
+                {**row, "process": chains.ranks.number}
+                for row in self._progress.pending.pop(block)["training"]
+            ]
+            for block in blocks
+        }
         masks = {block: list(self._progress.masks[block]) for block in blocks}
         told = {"layers": _named(layers), "training": _named(training), "masks": _named(masks)}
         return _Done(pruned, [dict(dense_copy(self.model, block)) for block in blocks], told)
@@ -66,19 +84,22 @@ class SpreadLoop(BlockLoop):
     def _taken_over(self, chains: Chains, window: BlockWindow, owner: int, own: _Done | None) -> Boundary:
         """Every process has what `owner` made of a window, `own` if it is this one; the pruned chain before its training."""
         ranks, blocks = chains.ranks, range(window.first, window.stop)
-        told: dict[str, Any] = ranks.gathered(None if own is None else own.told)[owner]
-        for block in blocks:
-            self._take_masks(ranks, block, owner, told["masks"][str(block)])
-        self._take_weights(ranks, blocks, owner, None if own is None else own.pruned)
+        with self.meter.stage("exchange"):
+            told: dict[str, Any] = ranks.gathered(None if own is None else own.told)[owner]
+            for block in blocks:
+                self._take_masks(ranks, block, owner, told["masks"][str(block)])
+            self._take_weights(ranks, blocks, owner, None if own is None else own.pruned)
         behind = chains.pruned
         for block in blocks:
             layers = told["layers"][str(block)]
             if own is None:
-                _say_notes(block, layers)
+                # The process that has found something said nothing.
+                say_notes(block, layers)
             behind = self._measure_pruned(chains, block, 0, behind, layers)
             self._progress.pending[block]["training"] = told["training"][str(block)]
         if self._trains(window):
-            self._take_weights(ranks, blocks, owner, None if own is None else own.trained)
+            with self.meter.stage("exchange"):
+                self._take_weights(ranks, blocks, owner, None if own is None else own.trained)
         return behind
 
     def _take_masks(self, ranks: Ranks, block: int, owner: int, names: Sequence[str]) -> None:
@@ -112,10 +133,3 @@ class _Done:
 def _named(by_block: dict[int, Any]) -> dict[str, Any]:
     """As JSON has it."""
     return {str(block): value for block, value in by_block.items()}
-
-
-def _say_notes(block: int, layers: dict[str, Any]) -> None:
-    """What a process that says nothing noted."""
-    for name, row in layers.items():
-        for note in row["notes"]:
-            LOG.warning("block %s, layer %s: %s", block, name, note)

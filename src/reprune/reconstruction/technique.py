@@ -172,7 +172,7 @@ class Technique:
 
     @property
     def independent_windows(self) -> bool:
-        """Whether a window reads nothing that another one left: all it sees is dense, and no block lies in two of them."""
+        """Whether a window of whole blocks reads nothing that another left: all it sees is dense, and no block is in two of them."""
         chains = {self.input_chain, self.target_chain, self.statistics_chain}
         whole = self.window is None or self.granularity == "submodule"
         apart = self.window == self.stride and self.within_block == "together"
