@@ -40,7 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cpu")
     group.addoption("--length", type=int, default=256, help="tokens a window")
     group.addoption("--windows", type=int, default=8)
-    group.addoption("--shapes", default="smollm2_135m", help="bench_speed: smollm2_135m or llama_7b")
+    shapes = ["smollm2_135m", "llama_7b"]
+    group.addoption("--shapes", choices=shapes, default=shapes[0], help="bench_speed: the block's")
     group.addoption("--no-training", action="store_true", help="bench_speed: without training steps")
     group.addoption("--runs", type=int, default=200, help="bench_report: how many runs it reads")
 
