@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -179,10 +178,10 @@ def run_arm(given: argparse.Namespace) -> dict[str, Any]:
     blocks_begun = read_json(plan.folder.path / "status.json")["blocks_begun_s"]
     in_blocks = ended[-1] - blocks_begun
     written = sum(path.stat().st_size for path in plan.folder.path.rglob("*") if path.is_file())
-    # The run resets the kernel's count at the start of each stage.
+    # The run resets the kernel's count at the start of each stage. (getrusage would tell of the parent's memory too.)
     with safe_open(plan.folder.state / OPEN, framework="pt") as stream:
         measured = json.loads(stream.metadata()["measured"])["peak_bytes"]
-    peak = max(*measured.values(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    peak = max(measured.values())
     shutil.rmtree(out)
     return {
         "arm": given.arm,
