@@ -38,11 +38,9 @@ HIDDEN, INTERMEDIATE, HEADS, VOCABULARY, BLOCKS = 4096, 11008, 32, 32000, 32
 COMMON = ["evaluation=none", "tracking=jsonl", "seed=0", "calibration@reconstruction_data=same"]
 ARMS: dict[str, tuple[int | None, str, list[str]]] = {
     "wanda, all blocks": (None, "6GiB", ["pruner=wanda", "reconstruction=none"]),
-    "sparsegpt + br_gp, 4 blocks": (
-        4, "6GiB", ["pruner=sparsegpt", "reconstruction=br_gp", "reconstruction.batch_size=2"],
-    ),
+    "sparsegpt + br_gp, 4 blocks": (4, "6GiB", ["pruner=sparsegpt", "reconstruction=br_gp"]),
     "sparsegpt + br_gp_cr, 4 blocks": (4, "9GiB", ["pruner=sparsegpt", "reconstruction=br_gp_cr"]),
-}  # fmt: skip
+}
 
 
 class _EnoughError(Exception):
