@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reprune.engine.chains import Boundary, Chains, dense_copy
 from reprune.engine.layers import say_notes
@@ -42,7 +42,7 @@ class SpreadLoop(BlockLoop):
         number = chains.ranks.number
         mine = turn[number] if number < len(turn) else None
         # What this process changes must not be read again before it is committed.
-        with self.model.resident(*([] if mine is None else self._blocks(mine))):
+        with self.model.resident(*([] if mine is None else self.model.blocks[mine.first : mine.stop])):
             with self.meter.stage("dense chain"):
                 for block in range(turn[0].first, turn[-1].stop):
                     chains.advance_dense(block)
@@ -51,11 +51,8 @@ class SpreadLoop(BlockLoop):
                 own = done if owner == number else None
                 if own is None:
                     self._begin(window, 0)
-                with self.model.resident(*self._blocks(window)):
+                with self.model.resident(*self.model.blocks[window.first : window.stop]):
                     self._end(chains, window, self._taken_over(chains, window, owner, own))
-
-    def _blocks(self, window: BlockWindow) -> list[nn.Module]:
-        return [self.model.blocks[block] for block in range(window.first, window.stop)]
 
     def _alone(self, chains: Chains, window: BlockWindow) -> _Done:
         """Prune and train a window in this process."""
