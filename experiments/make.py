@@ -29,7 +29,10 @@ READ: dict[str, dict[str, tuple[str, ...]]] = {
         **{name: ("main", name) for name in ("sequences", "generated", "pruners", "patterns", "stopping")},
         "gemma": ("gemma",),
     },
-    "methods": {name: (name,) for name in ("pruners", "allocations", "refinements", "structured")},
+    "methods": {
+        **{name: (name,) for name in ("pruners", "allocations", "refinements", "structured", "domain")},
+        **{name: ("pruners", name) for name in ("mixed", "permutation", "regional")},
+    },
 }
 """By folder of experiments, which files of runs the claims of a file are about."""
 
