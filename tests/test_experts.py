@@ -276,10 +276,12 @@ def test_state_goes_to_disk_and_back(make_model: MakeModel, tmp_path: Path, arch
     fresh = make_model(architecture)
     restored = state.restore(fresh)
     assert changed(state_of(model.model), fresh.model) == set()
-    assert restored.masks.keys() == masks.keys()
-    for block, layers in masks.items():
-        assert restored.masks[block].keys() == layers.keys()
-        assert all(torch.equal(restored.masks[block][name], keep) for name, keep in layers.items())
+    assert restored.masks.keys() == {2}, "those of frozen blocks stay on disk"
+    for there in (state.masks(fresh), {0: masks[0], 1: masks[1], **restored.masks}):
+        assert list(there) == list(masks)
+        for block, layers in masks.items():
+            assert list(there[block]) == list(layers)
+            assert all(torch.equal(there[block][name], keep) for name, keep in layers.items())
 
 
 @EVERY

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
 from pathlib import Path
+from types import FrameType
 
 import pandas as pd
 import pytest
@@ -96,6 +98,31 @@ def test_attempts_that_were_lost_with_their_machine_count(
     counted = _ending(monkeypatch)
     assert "killed 2 times" in str(attempt(point))
     assert counted == []
+
+
+def test_a_signal_that_another_thread_takes_is_answered(
+    point: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a job that goes on to its end because the kernel gave its worker's second signal to another thread."""
+    child, told = tmp_path / "child", tmp_path / "told"
+    # It ends with its standard input, as a job does, or is given up.
+    child.write_text(f"#!/bin/sh\ntimeout 30 cat > /dev/null\necho $? > {told}\n", encoding="utf-8")
+    child.chmod(0o755)
+    monkeypatch.setattr(attempts.sys, "executable", str(child))
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(-1)
+
+    before = signal.signal(signal.SIGUSR2, answer)
+    sender = threading.Timer(0.5, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGUSR2))
+    sender.start()
+    try:
+        with pytest.raises(SystemExit):
+            attempt(point)
+    finally:
+        sender.join()
+        signal.signal(signal.SIGUSR2, before)
+    assert told.read_text(encoding="utf-8") == "0\n"
 
 
 @pytest.mark.parametrize(

@@ -93,28 +93,34 @@ def test_ray_cluster_that_loses_a_node(
         REPRUNE_CACHE=str(tmp_path / "shared"),
     )  # fmt: skip
 
-    def one_on_each() -> dict[str | None, str] | None:
-        under_way = {run: facts for run, facts in running(out).items() if facts.get("block", 0) >= 1}
-        places = {_node_of(facts["pid"], two_nodes): run for run, facts in under_way.items()}
-        if set(places) != {"head", "second"} or finished(out) < 3:
-            return None
-        # Far enough from its end that it cannot get there before it notices that its worker is gone.
-        return places if under_way[places["second"]]["block"] <= 3 else None
+    def under_way(node: str) -> tuple[str, int] | None:
+        """A run that is being pruned on that node, and its process."""
+        for name, facts in running(out).items():
+            if facts.get("block", 0) >= 1 and _node_of(facts["pid"], two_nodes) == node:
+                return name, facts["pid"]
+        return None
 
-    places = wait_until(one_on_each, "a job on each node at once, in the middle of the sweep", driver)
-    lost = out / places["second"]
-    pid = read_json(lost / "status.json")["pid"]
-    # It waits while its node is taken away, however long that takes.
-    os.kill(pid, signal.SIGSTOP)
-    assert not (lost / "result.json").exists()
-    seen = {read_json(out / run / "environment.json")["visible_devices"] for run in places.values()}
+    def stopped() -> tuple[str, int] | None:
+        """One on the second node that waits from now on while its node is taken away, however long that takes."""
+        found = under_way("second")
+        if found is not None:
+            os.kill(found[1], signal.SIGSTOP)
+            if (out / found[0] / "result.json").exists():
+                os.kill(found[1], signal.SIGCONT)
+                return None
+        return found
+
+    lost, pid = wait_until(stopped, "a job on the second node", driver)
+    wait_until(lambda: finished(out) >= 2, "the middle of the sweep", driver)
+    beside, _ = wait_until(lambda: under_way("head"), "a job on the first node", driver)
+    seen = {read_json(out / run / "environment.json")["visible_devices"] for run in (lost, beside)}
     assert seen == {"0"}, "each node has one GPU, and its job sees that one"
     assert any(row["state"] == "queued" for row in status_rows([out])), "whoever asks sees what waits"
     two_nodes.remove_node(two_nodes.second, allow_graceful=False)
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGCONT)
     wait_for_the_end_of(pid)
-    assert not (lost / "result.json").exists()
+    assert not (out / lost / "result.json").exists()
     code, said = ended(driver)
     assert code == 0, said
     assert list(reprune.results(out)["state"]) == ["finished"] * 8

@@ -27,7 +27,7 @@ from reprune.reconstruction.gradient import Course, in_float32, train
 from reprune.reconstruction.losses import cosine, mse, relative_mse
 from reprune.reconstruction.objective import Pairs, WindowObjective, check_lengths
 from reprune.reconstruction.technique import Technique
-from reprune.reconstruction.trainable import choose
+from reprune.reconstruction.trainable import PIECE, choose, mask_
 from reprune.seeding import generator
 from support import block_loop, block_outputs, changed, options, preset, some_texts, state_of, trained_preset
 
@@ -384,6 +384,17 @@ def test_a_block_without_anything_to_train_is_an_error(make_model: MakeModel, tm
     model.blocks[0].post_attention_layernorm = torch.nn.Identity()
     with pytest.raises(RunError, match=r"block 0.*bias_norm"):
         block_loop(model, tmp_path, technique=trained_preset("br_gp", trainable="bias_norm")).run()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_mask_is_applied_to_every_weight(transposed: bool) -> None:
+    """Catches pieces that are left out, and a tensor whose memory is in another order than its mask's."""
+    tensor = torch.randn(257, PIECE // 128 + 1, generator=generator(0, "test"))
+    mask = (torch.rand(tensor.shape, generator=generator(1, "test")) > 0.5).to(torch.uint8)
+    wanted = torch.where(mask.bool(), tensor, 0.0)
+    given = tensor.T.contiguous().T if transposed else tensor.clone()
+    mask_(given, mask)
+    assert torch.equal(given, wanted)
 
 
 def test_weights_that_are_zero_but_kept_are_trained(make_model: MakeModel) -> None:

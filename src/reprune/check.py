@@ -171,16 +171,27 @@ def check(composed: Composed, *, here: bool = True, ranks: Ranks = ALONE) -> Run
             )
     check_suite(suite, shapes.max_length)
     texts, waiting = cut_all(requests, tokenizer, None, seed_data)
-    exports = config["export"]["model"], config["export"]["compact"]
+    exports = {f"exports_{kind}": config["export"][kind] for kind in ("model", "compact", "masks")}
     second_gram = refinement is not None and refinement.needs.gram and reads_apart(pruner, refinement)
     at_once = ranks.count if spreads(technique, len(steps), shapes.tied, ranks) else 1
     sizes = sizes_of(
-        texts, waiting, shapes, technique, device, needs, second_gram, len(steps), *exports, at_once
+        texts,
+        waiting,
+        shapes,
+        technique,
+        device,
+        needs,
+        second_gram,
+        len(steps),
+        **exports,
+        windows_at_once=at_once,
     )
     if transform.keeps_rows:
         outside = shapes.num_parameters - shapes.num_block_parameters
         sizes = replace(sizes, disk=sizes.disk + outside * torch.finfo(device.dtype).bits // 8)
-    whole = needs_whole_model(technique, transform, requests, suite, shapes.tied, compact=exports[1])
+    whole = needs_whole_model(
+        technique, transform, requests, suite, shapes.tied, compact=config["export"]["compact"]
+    )
     sizes = sizes.of_processes(ranks.count)
     memory = plan_memory(config["memory"], sizes, whole, device.kind, shared=ranks.several)
     device = device.below(memory.device_limit)

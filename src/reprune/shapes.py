@@ -142,6 +142,7 @@ def sizes_of(
     num_rounds: int,
     exports_model: bool,
     exports_compact: bool,
+    exports_masks: bool,
     windows_at_once: int = 1,
 ) -> Sizes:
     """Weights, activations, statistics, dense copies and training state; block states and exports.
@@ -168,8 +169,12 @@ def sizes_of(
         # A process's own window as it was pruned and as it was trained.
         dense += 2 * block * window * width
     statistics = _statistics(shapes, technique, needs, second_gram)
+    # A byte a weight; those of frozen blocks are on disk.
+    masks = shapes.num_prunable * there // shapes.num_blocks
     # Statistics are gone when training begins.
-    base = max(training, statistics) + dense + LIBRARIES
+    base = max(training, statistics) + dense + masks + LIBRARIES
+    if exports_masks:
+        base = max(base, shapes.num_prunable + LIBRARIES)
     if exports_compact:
         # Read back beside the model, with a block in float32.
         base = max(base, weights + 4 * block + LIBRARIES)
@@ -187,8 +192,8 @@ def _training(
     texts: Texts, shapes: Shapes, technique: Technique, needs: Needs, window: int, outside: int
 ) -> int:
     """What training or gradients take beside weights in the run's dtype; `window` and `outside` are parameters."""
-    # Float32 weights, gradient and two moments; the best weights so far; the anchor.
-    each = 16 + 4 * (technique.stop_on is not None) + 4 * (technique.anchor > 0)
+    # Float32 weights, gradient and two moments, and the mask; the best weights so far; the anchor.
+    each = 17 + 4 * (technique.stop_on is not None) + 4 * (technique.anchor > 0)
     training = window * each if technique.trains else 0
     if technique.trains and technique.loss == LANGUAGE:
         logits = technique.batch_size * max(

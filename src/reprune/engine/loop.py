@@ -17,6 +17,7 @@ from reprune.engine.fitting import Fit, fits_of, submodules_of
 from reprune.engine.layers import BlockPruning
 from reprune.engine.pruning_plan import PruningPlan
 from reprune.engine.state import Progress, RunState
+from reprune.engine.stored_masks import StoredMasks
 from reprune.engine.windows import BlockWindow, windows_over
 from reprune.errors import RunError
 from reprune.model.biases import give_biases
@@ -59,8 +60,8 @@ class BlockLoop:
     _progress: Progress = field(default_factory=Progress)
     _dense_weights: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
-    def run(self) -> tuple[list[dict[str, Any]], dict[int, dict[str, Tensor]]]:
-        """Rows of all blocks, and their keep masks (stored layout). Goes on where an earlier run was killed."""
+    def run(self) -> tuple[list[dict[str, Any]], StoredMasks]:
+        """Rows of all blocks, and their keep masks. Goes on where an earlier run was killed."""
         if self.technique.writes_biases:
             give_biases(self.model, list(self.pruning.rounds[-1]))
         windows = windows_over(len(self.model.blocks), self.technique.window, self.technique.stride)
@@ -68,14 +69,14 @@ class BlockLoop:
             # Only an evaluation or an export is wanted: no activation has to be computed for it.
             done = self.state.restore(self.model)
             self.meter.go_on_from(done.measured)
-            return done.rows, done.masks
+            return done.rows, self.state.masks(self.model)
         chains = self._resume(windows)
         turns = self._turns(windows[self._progress.windows :])
         for turn in turns:
             # The first one warms caches up.
             with self.tracing() if turn is turns[:2][-1] else nullcontext():
                 self._do(chains, turn)
-        return self._progress.rows, self._progress.masks
+        return self._progress.rows, self.state.masks(self.model)
 
     def _turns(self, windows: Sequence[BlockWindow]) -> list[list[BlockWindow]]:
         """The windows that are done at once, turn by turn."""
@@ -281,6 +282,8 @@ class BlockLoop:
                 )
             chains.ranks.wait()
             self.state.rest(done, self.model, frozen, still_open)
+        for block in frozen:
+            progress.masks.pop(block)
         progress.windows = done
         progress.rows += rows
         self.after_commit(done, progress.rows, rows)

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from reprune.engine.stored_masks import KIND, StoredMasks, key_of, pack
 from reprune.model.loading import LoadedModel
 from reprune.tensor_files import write_tensors
 
@@ -21,7 +20,7 @@ OPEN = "open.safetensors"
 
 @dataclass
 class Progress:
-    """Windows finished so far, rows of the frozen blocks, what is known of pruned but not yet frozen blocks, masks.
+    """Windows finished so far, rows of the frozen blocks, what is known of pruned but not yet frozen blocks, their masks.
 
     `measured` is the seconds and memory that the finished windows took, as resources.StageMeter gives them.
     """
@@ -83,16 +82,27 @@ class RunState:
     def restore(self, model: LoadedModel) -> Progress:
         """Put the finished weights into the model's blocks, or say where they rest, and return the rest of the state."""
         progress = Progress(windows=self.windows_done())
-        for number in range(1, progress.windows + 1):
-            path = self.folder / _name(number)
-            if path.is_file():
-                progress.rows += json.loads(_load(path, model, progress.masks)["rows"])
+        for path in self._frozen(progress.windows):
+            progress.rows += json.loads(_load(path, model)["rows"])
         if progress.windows:
-            metadata = _load(self.folder / OPEN, model, progress.masks)
+            metadata = _load(self.folder / OPEN, model)
+            progress.masks = {
+                block: dict(layers) for block, layers in StoredMasks([self.folder / OPEN], model).items()
+            }
             pending = json.loads(metadata["pending"])
             progress.measured = json.loads(metadata["measured"])
             progress.pending = {int(block): row for block, row in pending.items()}
         return progress
+
+    def masks(self, model: LoadedModel) -> StoredMasks:
+        """The keep masks of all blocks that a finished window pruned."""
+        done = self.windows_done()
+        return StoredMasks([*self._frozen(done), *([self.folder / OPEN] if done else [])], model)
+
+    def _frozen(self, windows: int) -> list[Path]:
+        """The files of blocks that those windows froze."""
+        files = (self.folder / _name(number) for number in range(1, windows + 1))
+        return [path for path in files if path.is_file()]
 
 
 def _tensors(
@@ -103,7 +113,7 @@ def _tensors(
         for name, tensor in model.blocks[block].state_dict().items():
             tensors[f"weights.{block}.{name}"] = tensor
         for name, keep in masks.get(block, {}).items():
-            tensors[f"masks.{block}.{name}"] = pack(keep)
+            tensors[key_of(block, name)] = pack(keep)
     return tensors
 
 
@@ -118,29 +128,16 @@ def _moved(model: LoadedModel, blocks: Iterable[int], path: Path) -> None:
             model.on_disk.moved(model.blocks[block], path, f"weights.{block}.")
 
 
-def _load(path: Path, model: LoadedModel, masks: dict[int, dict[str, Tensor]]) -> dict[str, str]:
+def _load(path: Path, model: LoadedModel) -> dict[str, str]:
     with safe_open(path, framework="pt") as stream:
         for key in stream.keys():  # noqa: SIM118 (a safetensors file, not a dict)
             kind, number, name = key.split(".", 2)
             block = int(number)
-            own = masks.setdefault(block, {})  # a block of which nothing is pruned has an entry too
-            if kind == "weights" and model.on_disk is not None:
+            if kind == KIND:
+                continue
+            if model.on_disk is not None:
                 _moved(model, [block], path)
-            elif kind == "weights":
-                model.blocks[block].state_dict()[name].copy_(stream.get_tensor(key))
             else:
-                shape = model.linears[block][name].stored.shape
-                own[name] = unpack(stream.get_tensor(key), shape)
+                model.blocks[block].state_dict()[name].copy_(stream.get_tensor(key))
         metadata: dict[str, str] = stream.metadata()
     return metadata
-
-
-def pack(keep: Tensor) -> Tensor:
-    """A bool mask as bits, uint8."""
-    return torch.from_numpy(np.packbits(keep.cpu().contiguous().numpy().reshape(-1)))
-
-
-def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
-    """The bool mask of `shape` that `pack` made bits of."""
-    flat = np.unpackbits(bits.numpy(), count=shape.numel())
-    return torch.from_numpy(flat.astype(bool)).reshape(shape)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from reprune.cache import cached_folder
-from reprune.engine.state import pack, unpack
+from reprune.engine.stored_masks import pack, unpack
 from reprune.errors import ConfigError
 from reprune.files import read_json, write_json
 from reprune.pruning.contract import LayerContext, LayerShape, Needs, Pruned, require_finite

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from reprune.engine.state import unpack
+from reprune.engine.stored_masks import unpack
 from reprune.errors import ConfigError
 from reprune.model.checkpoint import WeightFiles, content_identity
 from reprune.pruning.contract import LayerShape

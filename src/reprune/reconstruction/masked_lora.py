@@ -22,6 +22,8 @@ class MaskedLora:
     ) -> None:
         self.blocks = {block.number: block for block in blocks}
         self.scale = scale
+        # Multiplied in every pass, and kept for the way back: no conversion there.
+        self.masks = {(block.number, name): mask.float() for block in blocks for name, mask in block.masks.items()}  # fmt: skip
         self.pairs: dict[tuple[int, str], tuple[nn.Parameter, nn.Parameter]] = {}
         for block in blocks:
             for name, weight in block.parameters.items():
@@ -42,7 +44,7 @@ class MaskedLora:
     def _update(self, block: int, name: str) -> Tensor:
         up, down = self.pairs[block, name]
         update = self.scale * (up @ down)
-        mask = self.blocks[block].masks.get(name)
+        mask = self.masks.get((block, name))
         return update if mask is None else update * mask
 
     def weights(self, block: int) -> dict[str, Tensor]:

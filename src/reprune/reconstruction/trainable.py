@@ -13,6 +13,9 @@ from reprune.model.linears import LinearView
 
 Parameters = dict[str, nn.Parameter]
 
+PIECE = 2**18
+"""Weights that are masked at once."""
+
 
 def everything(block: nn.Module, linears: Mapping[str, LinearView]) -> Parameters:
     """Linears, norms and biases: what BR, GP and CR update."""
@@ -53,7 +56,7 @@ TRAINABLE: dict[str, Callable[[nn.Module, Mapping[str, LinearView]], Parameters]
 class TrainedBlock:
     """A block in training: its own parameters that may change, by path, and 0/1 masks of those that are pruned.
 
-    `mask` is float32, shaped like the parameter; a parameter without a mask may change everywhere.
+    A mask is uint8, shaped like the parameter; a parameter without one may change everywhere.
     """
 
     number: int
@@ -79,10 +82,24 @@ def choose(
     for layer, kept in keep.items():
         view = linears[layer]
         if view.parameter in chosen:
-            # A bool factor is cast element by element, at ten times the cost.
-            whole = masks.setdefault(view.parameter, torch.ones_like(chosen[view.parameter].detach(), dtype=torch.float32))  # fmt: skip
+            whole = masks.setdefault(view.parameter, torch.ones_like(chosen[view.parameter].detach(), dtype=torch.uint8))  # fmt: skip
             view.of(whole).copy_(kept)
     return TrainedBlock(number, chosen, masks)
+
+
+@torch.no_grad()
+def mask_(tensor: Tensor, mask: Tensor) -> None:
+    """Multiply by a mask in place.
+
+    In pieces, since the host converts a factor of another dtype as a whole first. It takes uint8 as fast as float32 so,
+    in a quarter of the room; bool would cost it five times as much.
+    """
+    if tensor.is_cuda or not tensor.is_contiguous():
+        tensor.mul_(mask)
+        return
+    pieces = (torch.split(whole.view(-1), PIECE) for whole in (tensor, mask))
+    for part, kept in zip(*pieces, strict=True):
+        part.mul_(kept)
 
 
 class Training(Protocol):
@@ -143,13 +160,13 @@ class Direct:
         """See Training."""
         for parameter, mask in self._masked():
             if parameter.grad is not None:
-                parameter.grad.mul_(mask)
+                mask_(parameter.grad, mask)
 
     @torch.no_grad()
     def hold(self) -> None:
         """See Training."""
         for parameter, mask in self._masked():
-            parameter.mul_(mask)
+            mask_(parameter, mask)
 
     def distance(self) -> Tensor:
         """See Training; θ₀ is what the parameters were at the first call."""
