@@ -22,10 +22,12 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
+import pandas as pd
 import torch
 from machine import machine
 from rich.box import SIMPLE_HEAD
@@ -36,7 +38,8 @@ from transformers.utils import logging as transformers_logging
 
 from reprune.check import check
 from reprune.compose import compose_run
-from reprune.engine.statistics import InputStatistics, collecting
+from reprune.engine.collecting import collecting
+from reprune.engine.statistics import InputStatistics
 from reprune.model.loading import load_model
 from reprune.pruning.contract import LayerContext
 from reprune.pruning.sparsegpt import SparseGPT
@@ -64,15 +67,30 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rows", type=int, default=48, help=f"rows compared where d_in > {WIDE}")
+    parser.add_argument("--csv", type=Path, help="where a row a layer, sparsity and arm is written")
     given = parser.parse_args()
     layers = collect(given.model, given.blocks, given.sequences, given.length)
     found: dict[tuple[str, tuple[int, ...]], list[dict[str, tuple[float, float, int]]]] = {}
+    rows: list[dict[str, object]] = []
     for sparsity in SPARSITIES:
         for name, (weight, statistics) in layers.items():
             print(f"{sparsity} {name}", file=sys.stderr)
             shape = tuple(weight.shape)
             result = compare(name, weight, statistics, *SPARSITIES[sparsity], given.rows)
             found.setdefault((sparsity, shape), []).append(result)
+            rows += [
+                {
+                    "sparsity": sparsity,
+                    "layer": name,
+                    "d_out": shape[0],
+                    "d_in": shape[1],
+                    "arm": arm,
+                    "excess": excess,
+                    "iterations": iterations,
+                    "seconds": seconds,
+                }
+                for arm, (excess, seconds, iterations) in result.items()
+            ]
     console = Console(width=150 if not sys.stdout.isatty() else None, highlight=False)
     console.print(machine(torch.get_num_threads()))
     console.print(
@@ -80,6 +98,10 @@ def main() -> None:
         f"{given.rows} rows of a layer compared where d_in > {WIDE}, else all"
     )
     console.print(table(found))
+    if given.csv is not None:
+        told = {"model": given.model, "sequences": given.sequences, "length": given.length}
+        frame = pd.DataFrame(rows).assign(**told, machine=machine(torch.get_num_threads()))
+        frame.to_csv(given.csv, index=False)
 
 
 def collect(model_name: str, blocks: list[int], sequences: int, length: int) -> Layers:
@@ -118,7 +140,9 @@ def compare(
     """By arm: excess, seconds and iterations on SparseGPT's mask."""
     assert statistics.gram is not None
     # Without the factor that layers with the same input share, so that each is charged for it.
-    own = InputStatistics(statistics.num_tokens, statistics.sum_squares, statistics.gram)
+    own = InputStatistics(
+        num_tokens=statistics.num_tokens, sum_squares=statistics.sum_squares, gram=statistics.gram
+    )
     # SparseGPT takes the weights of dead inputs for zero.
     weight = weight.masked_fill(statistics.dead, 0)
     layer = LayerContext(name, 0, weight, own, generator(0, "benchmark"))

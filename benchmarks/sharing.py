@@ -2,7 +2,8 @@
 
 Every point is run twice, one after the other: into the sweep's cache, and into one that is empty but for downloads, so
 that dense evaluation, generated text and converted weights are made for it alone. Both come to the same numbers, which
-is checked. Timed are whole processes, imports included. Further arguments are overrides of every run.
+is checked. Timed are whole processes, imports included: seconds by the clock, which other work on the machine lengthens
+on both sides, and of the processor. Further arguments are overrides of every run.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from itertools import product
 from pathlib import Path
+
+import pandas as pd
+from machine import machine
 
 from reprune.cache import cache_root
 
@@ -35,45 +38,55 @@ DOWNLOADS = ("wheels", "hub")
 def main() -> None:
     """Run the pairs, print a row each and the sums."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--csv", type=Path, help="where a row a run is written")
     parser.add_argument("overrides", nargs="*")
-    overrides = (*SMALL, *parser.parse_args().overrides)
-    sums = {"shared": 0.0, "alone": 0.0}
+    given = parser.parse_args()
+    rows = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        print(f"{'pruner':<11}{'technique':<11}{'shared s':>9}{'alone s':>9}")
         for number, (pruner, technique) in enumerate(product(PRUNERS, TECHNIQUES)):
             point = [f"pruner={pruner}", f"reconstruction={technique}"]
             point += ["reconstruction.epochs=0"] if technique == "none" else []
-            seconds, numbers = {}, {}
+            numbers, row = {}, {"pruner": pruner, "technique": technique}
             for how, cache in (("shared", folder / "shared"), ("alone", folder / f"alone{number}")):
-                seconds[how], numbers[how] = run(cache, folder / how, [*overrides, *point])
-                sums[how] += seconds[how]
+                wall, processor, numbers[how] = run(cache, folder / how, [*SMALL, *given.overrides, *point])
+                row |= {f"{how}_seconds": wall, f"{how}_processor_seconds": processor}
             assert numbers["shared"] == numbers["alone"], f"{pruner} {technique}: sharing changed a number"
-            print(f"{pruner:<11}{technique:<11}{seconds['shared']:>9.1f}{seconds['alone']:>9.1f}", flush=True)
-    print(
-        f"{'12 runs':<22}{sums['shared']:>9.1f}{sums['alone']:>9.1f}  shared takes {sums['shared'] / sums['alone']:.0%}"
-    )
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} when it ended"
-    )
+            rows.append(row)
+            print(f"{pruner} {technique}", file=sys.stderr, flush=True)
+    frame = pd.DataFrame(rows).assign(machine=machine(os.cpu_count() or 1))
+    sums = frame.sum(numeric_only=True)
+    print(frame.drop(columns="machine").to_string(index=False, float_format="{:.1f}".format))
+    for kind in ("seconds", "processor_seconds"):
+        shared, alone = sums[f"shared_{kind}"], sums[f"alone_{kind}"]
+        print(f"{len(rows)} runs, {kind}: {shared:.1f} of {alone:.1f}, {shared / alone:.0%}")
+    print(frame["machine"][0])
+    if given.csv is not None:
+        frame.to_csv(given.csv, index=False)
 
 
-def run(cache: Path, output_dir: Path, overrides: list[str]) -> tuple[float, dict[str, float]]:
-    """Do one run as a process; its seconds and its metrics."""
+def run(cache: Path, output_dir: Path, overrides: list[str]) -> tuple[float, float, dict[str, float]]:
+    """Do one run as a process; its seconds by the clock and of the processor, and its metrics."""
     cache.mkdir(exist_ok=True)
     for kind in DOWNLOADS:
         if (cache_root() / kind).is_dir() and not (cache / kind).exists():
             (cache / kind).symlink_to(cache_root() / kind)
     before = set(output_dir.glob("*/result.json"))
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), _of_children()
     subprocess.run(
         [sys.executable, "-m", "reprune.run", *overrides, f"output_dir={output_dir}"],
         check=True, stdout=subprocess.DEVNULL, env={**os.environ, "REPRUNE_CACHE": str(cache)},
     )  # fmt: skip
-    seconds = time.perf_counter() - begun
+    seconds, processor = time.perf_counter() - begun, _of_children() - used
     [made] = set(output_dir.glob("*/result.json")) - before
     metrics: dict[str, float] = json.loads(made.read_text(encoding="utf-8"))["metrics"]
-    return seconds, metrics
+    return seconds, processor, metrics
+
+
+def _of_children() -> float:
+    """Processor seconds of all processes that this one waited for."""
+    told = os.times()
+    return told.children_user + told.children_system
 
 
 if __name__ == "__main__":

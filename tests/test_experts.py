@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import use_experts_implementation
 
 from conftest import MakeModel
+from reprune.engine.collecting import collecting
 from reprune.engine.state import RunState
-from reprune.engine.statistics import STARVED, InputStatistics, collecting
+from reprune.engine.statistics import STARVED, InputStatistics
 from reprune.errors import ConfigError
 from reprune.model.experts import routed
 from reprune.model.linears import linears_of

@@ -16,8 +16,9 @@ from conftest import MakeModel
 from reprune.calibration.roles import Texts
 from reprune.engine.activations import Stores
 from reprune.engine.chains import Chains
+from reprune.engine.collecting import collecting
 from reprune.engine.observing import collect
-from reprune.engine.statistics import InputStatistics, collecting
+from reprune.engine.statistics import InputStatistics
 from reprune.model import device
 from reprune.model.device import DevicePlan
 from reprune.model.linears import linears_of

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from safetensors import SafetensorError
 
+from reprune.kept_texts import check_alike
 from reprune.model.loading import load_model
-from reprune.pipeline import block_loop, check_alike, explained, stores_of, transformed
+from reprune.pipeline import block_loop, explained, stores_of, transformed
 from reprune.resources import StageMeter
 from reprune.run_plan import RunPlan
 from reprune.tracking.progress import ProgressView

@@ -8,18 +8,15 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from reprune.arithmetic import guessed_seconds
 from reprune.calibration.describe import describe_run
 from reprune.calibration.roles import Texts
-from reprune.calibration.tokens import POSITIONS
 from reprune.engine.activations import Stores
 from reprune.engine.loop import BlockLoop
 from reprune.engine.spread import SpreadLoop, spreads
@@ -28,16 +25,16 @@ from reprune.errors import ConfigError, RunError
 from reprune.evaluation.suite import dense_result, dense_scratch, evaluate_pruned, finished
 from reprune.export import export, exported
 from reprune.files import read_json, write_json
+from reprune.kept_texts import check_alike, keep_texts
 from reprune.measured_plan import check_coupled, pruning_plan
 from reprune.model.loading import LoadedModel, load_model
 from reprune.profile import TRACE, show, told_time, traced
-from reprune.ranks import ALONE, Ranks
+from reprune.ranks import ALONE
 from reprune.records import block_metrics
 from reprune.resources import StageMeter
 from reprune.result import result_of, summary_of
 from reprune.run_folder import RunFolder, environment_of
 from reprune.run_plan import RunPlan
-from reprune.tensor_files import write_tensors
 from reprune.tracking.contract import RunInfo, Tracker
 from reprune.tracking.progress import ProgressView
 from reprune.transform.contract import Surroundings, Untransformed
@@ -254,15 +251,6 @@ def block_loop(
     )
 
 
-def check_alike(texts: Texts, ranks: Ranks) -> None:
-    """RunError unless the other processes, which read theirs once the first has its own, have the same texts."""
-    mine = [text.key for text in texts.all]
-    if any(theirs != mine for theirs in ranks.gathered(mine)):
-        raise RunError(
-            "the processes of this run read different texts: one of their sources changes while it is read"
-        )
-
-
 def complete(plan: RunPlan) -> bool:
     """Whether nothing is left to do and the record shows it: it shows the suite that was asked for last."""
     if not nothing_left(plan):
@@ -281,31 +269,6 @@ def nothing_left(plan: RunPlan) -> bool:
 def _info(plan: RunPlan) -> RunInfo:
     config = {"choices": plan.composed.choices, **plan.config}
     return RunInfo(plan.folder.id, plan.folder.path, plan.config["experiment"], config)
-
-
-def keep_texts(path: Path, texts: Texts, going_on: bool) -> None:
-    """The very token ids of every text, int64 [sequences, length], as 'role/name'; the mask data also as `input_ids`.
-
-    Where windows hold several documents, their positions lie beside them, as calibration=tokens reads them.
-
-    RunError when a run that goes on would do so with other texts than it began with.
-    """
-    tensors = {f"{text.role}/{text.name}": text.tokens_NT for text in texts.all}
-    places = {f"{text.role}/{text.name}": text.positions_NT for text in texts.all}
-    if len(texts.mask) == 1:
-        tensors["input_ids"] = texts.mask[0].tokens_NT.clone()
-        places["input_ids"] = texts.mask[0].positions_NT
-    tensors |= {f"{name}{POSITIONS}": place.clone() for name, place in places.items() if place is not None}
-    if not going_on:
-        write_tensors(path, tensors)
-        return
-    begun = load_file(path)
-    changed = [name for name in tensors if name not in begun or not torch.equal(begun[name], tensors[name])]
-    if changed or len(begun) != len(tensors):
-        raise RunError(
-            f"{path}: this run began with other texts ({', '.join(changed) or 'fewer now'}), and text that the model "
-            "writes may differ between thread counts and versions; go on as it began, or remove the folder"
-        )
 
 
 def explained(error: Exception, plan: RunPlan) -> RunError:

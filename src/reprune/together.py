@@ -123,9 +123,10 @@ def _store() -> Store:
 
 
 def _meet(store: Store) -> Ranks:
-    import torch
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
+
+    from reprune.model.device import exchange_backend
 
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     here = next(
@@ -135,9 +136,12 @@ def _meet(store: Store) -> Ranks:
     if here is not None:
         # A host's own name need not lead anywhere.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", here)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(
-        backend, store=PrefixStore("reprune", store), rank=number, world_size=count, timeout=_PATIENCE
+        exchange_backend(),
+        store=PrefixStore("reprune", store),
+        rank=number,
+        world_size=count,
+        timeout=_PATIENCE,
     )
     return Ranks(number, count, store)
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from reprune.calibration.roles import Texts
 from reprune.calibration.source import TextSet
 from reprune.engine.chains import Boundary, Chains
+from reprune.engine.collecting import collecting
 from reprune.engine.observing import Views, collect, collect_pairs, collect_projected
 from reprune.engine.pruning_plan import PruningPlan
-from reprune.engine.statistics import InputStatistics, collecting
+from reprune.engine.statistics import InputStatistics
 from reprune.model.coupling import Coupling
 from reprune.model.linears import LinearView
 from reprune.pruning.refinement import reads_apart

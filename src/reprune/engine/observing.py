@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from reprune.calibration.source import TextSet
 from reprune.engine.chains import Boundary, Chains
-from reprune.engine.statistics import InputStatistics, collecting
+from reprune.engine.collecting import collecting
+from reprune.engine.statistics import InputStatistics
 from reprune.errors import RunError
 from reprune.model.coupling import Coupling
 from reprune.model.description import hidden_size_of

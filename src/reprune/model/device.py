@@ -129,6 +129,12 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def exchange_backend() -> str:
+    """What processes exchange tensors with, for each kind of device there is: gloo in host memory, NCCL between GPUs."""
+    between_gpus = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+    return "cpu:gloo,cuda:nccl" if between_gpus else "gloo"
+
+
 def plan_device(
     device: str,
     dtype: str,
