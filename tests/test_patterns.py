@@ -43,6 +43,27 @@ def test_the_kth_lowest_of_each_row(dtype: torch.dtype) -> None:
         assert torch.equal(kth_lowest(rows, k), rows.sort(dim=1).values[:, k - 1, None])
 
 
+@pytest.mark.parametrize("kind", ["normal", "sorted", "equal", "few values", "one column in 24", "infinite"])
+def test_the_kth_lowest_of_many(kind: str) -> None:
+    """Catches a bracket from a sample that misses the value, or counts what lies at its edge twice."""
+    stream = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 24 * 5000, generator=stream)
+    if kind == "sorted":
+        rows = rows.sort(dim=1).values
+    elif kind == "equal":
+        rows = torch.ones_like(rows)
+    elif kind == "few values":
+        rows = rows.mul(2).round()
+    elif kind == "one column in 24":
+        # All that a sample at this distance sees is unlike the rest.
+        rows[:, :: rows.shape[1] // 2**12] += 100
+    elif kind == "infinite":
+        rows[:, ::3] = torch.inf
+        rows[:, 1::3] = -torch.inf
+    for k in (1, 2, 40000, 60000, 80001, rows.shape[1] - 1, rows.shape[1]):
+        assert torch.equal(kth_lowest(rows, k), rows.sort(dim=1).values[:, k - 1, None])
+
+
 def test_among_equals_the_first_go() -> None:
     """Catches a choice among equals that depends on the sort algorithm, and so on the device."""
     keep = keep_highest(torch.tensor([[1.0, 0.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]]), 2)

@@ -18,6 +18,9 @@ from reprune.ranks import ALONE, Ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_THREADS = torch.get_num_threads()
+LONG, SAMPLE = 2**14, 2**12
+"""From how many values on a sample of them is worth its while, and of how many it is."""
+Values = np.ndarray[tuple[int], np.dtype[np.float32]]
 TOKENS_A_PASS = {"cpu": 2048, "cuda": 32768, "mps": 8192}
 
 
@@ -117,10 +120,25 @@ class DevicePlan:
 
 def kth_lowest(rows: Tensor, k: int) -> Tensor:
     """The k-th lowest value of each of `rows` [number, n], k from 1: [number, 1]."""
-    if rows.device.type == "cpu" and rows.dtype == torch.float32:
-        # The same number in half the time.
+    if rows.device.type != "cpu" or rows.dtype != torch.float32:
+        return rows.kthvalue(k, dim=1, keepdim=True).values
+    # The same number in half the time, in an eighth where rows are long.
+    if rows.shape[1] < LONG:
         return torch.from_numpy(np.partition(rows.numpy(), k - 1, axis=1)[:, k - 1, None])
-    return rows.kthvalue(k, dim=1, keepdim=True).values
+    return torch.tensor([[_kth_of_many(row, k)] for row in rows.numpy()])
+
+
+def _kth_of_many(values: Values, k: int) -> float:
+    """The k-th lowest, looked for between two quantiles of a sample; among all where it does not lie there."""
+    sample = np.sort(values[:: len(values) // SAMPLE])
+    # Three standard deviations of a sample's median.
+    place, around = k / len(values) * len(sample), 1.5 * len(sample) ** 0.5
+    least, most = (sample[min(max(0, round(place + side)), len(sample) - 1)] for side in (-around, around))
+    left = k - int(np.count_nonzero(values < least))
+    between = values[(values >= least) & (values <= most)]
+    if not 1 <= left <= len(between):
+        left, between = k, values
+    return float(np.partition(between, left - 1)[left - 1])
 
 
 def release_memory() -> None:
