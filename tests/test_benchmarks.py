@@ -22,7 +22,12 @@ SCRIPTS = sorted(
 
 def _imported(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module(name)
+    before = set(sys.modules)
+    module = importlib.import_module(name)
+    # Their names are everybody's.
+    for theirs in [path.stem for path in FOLDER.glob("*.py") if path.stem not in before]:
+        sys.modules.pop(theirs, None)
+    return module
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from reprune.model.loading import LoadedModel, load_model
 from reprune.model.tiny import TinyModel
 from reprune.pruning.sparsegpt import SparseGPT
 from reprune.pruning.wanda import Wanda
-from reprune.shapes import Sizes
+from reprune.shapes import LIBRARIES, Sizes
 from support import ARCHITECTURES, CPU, block_loop, preset, random_text, state_of
 
 EVERY = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
@@ -121,7 +122,7 @@ def test_reconstruction_and_resumption(name: str, tmp_path: Path) -> None:
     """
     technique, most = TECHNIQUES[name]
     reference = tmp_path / "memory"
-    _loop(_model("llama", False), reference, technique).run()
+    _, wanted = _loop(_model("llama", False), reference, technique).run()
     model = _model("llama", True)
     counting = _Counting(model)
     loop, folder = _loop(model, tmp_path / "disk", technique), tmp_path / "disk"
@@ -142,7 +143,9 @@ def test_reconstruction_and_resumption(name: str, tmp_path: Path) -> None:
     assert state_bytes(folder) == state_bytes(reference)
     assert counting.most <= most
     assert len(rows) == len(masks) == NUM_BLOCKS
-    assert all(view.stored.shape == masks[0][name].shape for name, view in model.linears[0].items())
+    for block, layers in wanted.items():
+        assert all(torch.equal(masks[block][name], keep) for name, keep in layers.items())
+        assert list(masks[block]) == list(layers) == list(model.linears[block])
 
 
 def test_blocks_that_share_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +192,23 @@ def test_a_whole_run_does_not_tell_where_its_weights_rest(name: str, tmp_path: P
     assert one == other
     assert one_state == other_state
     assert all(torch.equal(tensor, other_model[name]) for name, tensor in one_model.items())
+
+
+def test_the_plan_counts_the_masks_that_are_in_memory(tmp_path: Path) -> None:
+    """Catches masks of finished blocks that are counted, and those that an export wants all at once that are not."""
+    wanda = ("pruner=wanda", "reconstruction=none", "memory.weights=disk", "memory.activations=disk")
+
+    def room(num_blocks: int, *more: str) -> tuple[int, int]:
+        plan = plan_of(tmp_path, *wanda, f"model.num_blocks={num_blocks}", *more)
+        return plan.memory.host, plan.shapes.num_prunable // num_blocks
+
+    few, a_block = room(3)
+    assert room(30)[0] == few
+    assert room(30, "export.masks=true")[0] == few + 29 * a_block
+    # One process writes them.
+    sizes = replace(SIZES, base=LIBRARIES + 2)
+    assert sizes.of_processes(2).with_masks_of(3) == sizes.of_processes(2)
+    assert sizes.with_masks_of(3).base == LIBRARIES + 3
 
 
 GIB = 2**30

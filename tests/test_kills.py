@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -104,9 +106,18 @@ def test_a_signal_that_another_thread_takes_is_answered(
     point: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a job that goes on to its end because the kernel gave its worker's second signal to another thread."""
-    child, told = tmp_path / "child", tmp_path / "told"
-    # It ends with its standard input, as a job does, or is given up.
-    child.write_text(f"#!/bin/sh\ntimeout 30 cat > /dev/null\necho $? > {told}\n", encoding="utf-8")
+    child, begun, told = (tmp_path / name for name in ("child", "begun", "told"))
+    # It ends with its standard input, as a job does, or gives up.
+    child.write_text(
+        f"#!{sys.executable}\n"
+        "import os, pathlib, select\n"
+        f"pathlib.Path({str(begun)!r}).touch()\n"
+        "said = b'-'\n"
+        "while said and select.select([0], [], [], 60)[0]:\n"
+        "    said = os.read(0, 4096)\n"
+        f"pathlib.Path({str(told)!r}).write_text('alone' if said else 'ended')\n",
+        encoding="utf-8",
+    )
     child.chmod(0o755)
     monkeypatch.setattr(attempts.sys, "executable", str(child))
 
@@ -114,7 +125,14 @@ def test_a_signal_that_another_thread_takes_is_answered(
         raise SystemExit(-1)
 
     before = signal.signal(signal.SIGUSR2, answer)
-    sender = threading.Timer(0.5, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGUSR2))
+
+    def send() -> None:
+        wait_until(begun.exists, "the child")
+        # Now it is waited for.
+        time.sleep(0.5)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)
+
+    sender = threading.Thread(target=send)
     sender.start()
     try:
         with pytest.raises(SystemExit):
@@ -122,7 +140,7 @@ def test_a_signal_that_another_thread_takes_is_answered(
     finally:
         sender.join()
         signal.signal(signal.SIGUSR2, before)
-    assert told.read_text(encoding="utf-8") == "0\n"
+    assert told.read_text(encoding="utf-8") == "ended"
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ from __future__ import annotations
 from fractions import Fraction
 from math import floor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from reprune.errors import ConfigError
-from reprune.model.device import kth_lowest
+from reprune.model.device import GOLDEN, SAMPLE, kth_lowest, narrowed
 from reprune.sparsity.patterns import Group, KeptOfGroup, Unstructured, count_removed, keep_highest
 
 ROWS, COLUMNS = 3, 8
@@ -43,7 +44,7 @@ def test_the_kth_lowest_of_each_row(dtype: torch.dtype) -> None:
         assert torch.equal(kth_lowest(rows, k), rows.sort(dim=1).values[:, k - 1, None])
 
 
-@pytest.mark.parametrize("kind", ["normal", "sorted", "equal", "few values", "one column in 24", "infinite"])
+@pytest.mark.parametrize("kind", ["normal", "sorted", "equal", "few values", "not sampled", "infinite"])
 def test_the_kth_lowest_of_many(kind: str) -> None:
     """Catches a bracket from a sample that misses the value, or counts what lies at its edge twice."""
     stream = torch.Generator().manual_seed(0)
@@ -54,14 +55,26 @@ def test_the_kth_lowest_of_many(kind: str) -> None:
         rows = torch.ones_like(rows)
     elif kind == "few values":
         rows = rows.mul(2).round()
-    elif kind == "one column in 24":
-        # All that a sample at this distance sees is unlike the rest.
-        rows[:, :: rows.shape[1] // 2**12] += 100
+    elif kind == "not sampled":
+        # All that the sample sees is unlike the rest.
+        rows[:, (np.arange(SAMPLE) * GOLDEN % 1 * rows.shape[1]).astype(int)] += 100
     elif kind == "infinite":
         rows[:, ::3] = torch.inf
         rows[:, 1::3] = -torch.inf
     for k in (1, 2, 40000, 60000, 80001, rows.shape[1] - 1, rows.shape[1]):
         assert torch.equal(kth_lowest(rows, k), rows.sort(dim=1).values[:, k - 1, None])
+
+
+@pytest.mark.parametrize("d_out", [576, 1024, 1536, 2048, 4096])
+@pytest.mark.parametrize("d_in", [256, 512, 576, 688])
+def test_few_of_many_are_looked_at(d_out: int, d_in: int) -> None:
+    """Catches a sample that falls into few columns of a matrix whose columns are unlike: all would be looked at."""
+    stream = torch.Generator().manual_seed(0)
+    scales = torch.randn(d_in, generator=stream).exp()
+    scores = (torch.randn(d_out, d_in, generator=stream).abs() * scales).flatten().numpy()
+    left, between = narrowed(scores, len(scores) // 2)
+    assert len(between) < len(scores) / 10
+    assert np.sort(between)[left - 1] == np.sort(scores)[len(scores) // 2 - 1]
 
 
 def test_among_equals_the_first_go() -> None:

@@ -386,14 +386,14 @@ def test_a_block_without_anything_to_train_is_an_error(make_model: MakeModel, tm
         block_loop(model, tmp_path, technique=trained_preset("br_gp", trainable="bias_norm")).run()
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_a_mask_is_applied_to_every_weight(transposed: bool) -> None:
+@pytest.mark.parametrize("transposed", ["neither", "weights", "mask"])
+def test_a_mask_is_applied_to_every_weight(transposed: str) -> None:
     """Catches pieces that are left out, and a tensor whose memory is in another order than its mask's."""
     tensor = torch.randn(257, PIECE // 128 + 1, generator=generator(0, "test"))
     mask = (torch.rand(tensor.shape, generator=generator(1, "test")) > 0.5).to(torch.uint8)
     wanted = torch.where(mask.bool(), tensor, 0.0)
-    given = tensor.T.contiguous().T if transposed else tensor.clone()
-    mask_(given, mask)
+    given = tensor.T.contiguous().T if transposed == "weights" else tensor.clone()
+    mask_(given, mask.T.contiguous().T if transposed == "mask" else mask)
     assert torch.equal(given, wanted)
 
 

@@ -27,8 +27,6 @@ ENDED_BY_REQUEST = ("SIGINT", "SIGTERM")
 SHELL_KILLED = 128 + signal.SIGKILL
 LAST_WORDS_S = 10.0
 """How long an interrupted job may take to say where it stopped."""
-AWAKE_S = 1.0
-"""How often who waits for a job looks for signals."""
 QUEUE_SIGNALS = ("SIGUSR1", "SIGUSR2")
 """What a queue sends ahead of a time limit, to every process of the job: the one that waits here answers."""
 
@@ -91,7 +89,9 @@ def _run_apart(composed: Composed) -> int:
             # It died before it read what to do, which its exit code says.
             return child.wait()
         try:
-            return _waited_for(child)
+            # Without a limit it sleeps until the child ends or a signal wakes it; but a queue's two signals at once may
+            # reach two threads, and only the first of them wakes this one. With a limit it looks around.
+            return child.wait(threading.TIMEOUT_MAX)
         except KeyboardInterrupt:
             # At a terminal it got the same signal and says where it stopped; elsewhere it ends with the pipe.
             with suppress(subprocess.TimeoutExpired):
@@ -99,13 +99,6 @@ def _run_apart(composed: Composed) -> int:
             raise
         finally:
             child.stdin.close()
-
-
-def _waited_for(child: subprocess.Popen[str]) -> int:
-    """Its exit code. A queue's two signals at once may reach two threads, and only the first of them wakes this one."""
-    while True:
-        with suppress(subprocess.TimeoutExpired):
-            return child.wait(timeout=AWAKE_S)
 
 
 def _signal(code: int) -> str | None:

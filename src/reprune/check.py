@@ -171,7 +171,7 @@ def check(composed: Composed, *, here: bool = True, ranks: Ranks = ALONE) -> Run
             )
     check_suite(suite, shapes.max_length)
     texts, waiting = cut_all(requests, tokenizer, None, seed_data)
-    exports = {f"exports_{kind}": config["export"][kind] for kind in ("model", "compact", "masks")}
+    exports = {f"exports_{kind}": config["export"][kind] for kind in ("model", "compact")}
     second_gram = refinement is not None and refinement.needs.gram and reads_apart(pruner, refinement)
     at_once = ranks.count if spreads(technique, len(steps), shapes.tied, ranks) else 1
     sizes = sizes_of(
@@ -193,6 +193,8 @@ def check(composed: Composed, *, here: bool = True, ranks: Ranks = ALONE) -> Run
         technique, transform, requests, suite, shapes.tied, compact=config["export"]["compact"]
     )
     sizes = sizes.of_processes(ranks.count)
+    if config["export"]["masks"]:
+        sizes = sizes.with_masks_of(shapes.num_prunable)
     memory = plan_memory(config["memory"], sizes, whole, device.kind, shared=ranks.several)
     device = device.below(memory.device_limit)
     plan = RunPlan(

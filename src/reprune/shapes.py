@@ -130,6 +130,10 @@ class Sizes:
         base, weights, at_once = (count * part for part in each)
         return replace(self, base=base, weights=weights, weights_at_once=at_once)
 
+    def with_masks_of(self, num_weights: int) -> Sizes:
+        """With all masks in memory when they are written by one process, a byte a weight, and nothing else is left there."""
+        return replace(self, base=max(self.base, num_weights + LIBRARIES))
+
 
 def sizes_of(
     texts: Texts,
@@ -142,10 +146,9 @@ def sizes_of(
     num_rounds: int,
     exports_model: bool,
     exports_compact: bool,
-    exports_masks: bool,
     windows_at_once: int = 1,
 ) -> Sizes:
-    """Weights, activations, statistics, dense copies and training state; block states and exports.
+    """Weights, activations, statistics, dense copies, masks and training state; block states and exports.
 
     `second_gram` says that a refinement reads a Gram of other text than the pruner; `windows_at_once` are those between
     which processes are spread. Of a smaller model only the bound is known, the model's own size.
@@ -173,8 +176,6 @@ def sizes_of(
     masks = shapes.num_prunable * there // shapes.num_blocks
     # Statistics are gone when training begins.
     base = max(training, statistics) + dense + masks + LIBRARIES
-    if exports_masks:
-        base = max(base, shapes.num_prunable + LIBRARIES)
     if exports_compact:
         # Read back beside the model, with a block in float32.
         base = max(base, weights + 4 * block + LIBRARIES)

@@ -60,4 +60,4 @@ def pack(keep: Tensor) -> Tensor:
 def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
     """The bool mask of `shape` that `pack` made bits of."""
     flat = np.unpackbits(bits.numpy(), count=shape.numel())
-    return torch.from_numpy(flat.astype(bool)).reshape(shape)
+    return torch.from_numpy(flat.view(bool)).reshape(shape)

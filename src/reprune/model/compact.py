@@ -97,10 +97,11 @@ def _by_submodule(model: LoadedModel, masks: Masks) -> dict[str, list[_Part]]:
     if all(keep.all() for layers in masks.values() for keep in layers.values()):
         return found
     for block, views in enumerate(model.linears):
+        own = masks.get(block, {})
         for coupling in find_couplings(model, block):
             kept = torch.ones(len(coupling.columns), dtype=torch.bool)
-            if coupling.consumer in masks.get(block, {}):
-                keep = views[coupling.consumer].orient(masks[block][coupling.consumer].cpu())
+            if coupling.consumer in own:
+                keep = views[coupling.consumer].orient(own[coupling.consumer].cpu())
                 kept = keep.any(dim=0)[coupling.columns].any(dim=1)
             found.setdefault(coupling.submodule, []).append(_Part(block, coupling, kept))
     return {name: parts for name, parts in found.items() if not all(part.kept.all() for part in parts)}

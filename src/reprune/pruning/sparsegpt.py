@@ -149,4 +149,4 @@ def _sweep(weight_T: Tensor, keep_T: Tensor, factor: Tensor, choice: _Choice, st
             errors.mul_(weights)
             few_T.addr_(row, errors, alpha=-1)
     # Filling where a mask says so takes several times as long as a product.
-    weight_T.mul_(keep_T.view(torch.uint8))
+    weight_T.mul_(errors_T.copy_(keep_T.view(torch.uint8)))

@@ -94,7 +94,7 @@ def mask_(tensor: Tensor, mask: Tensor) -> None:
     In pieces, since the host converts a factor of another dtype as a whole first. It takes uint8 as fast as float32 so,
     in a quarter of the room; bool would cost it five times as much.
     """
-    if tensor.is_cuda or not tensor.is_contiguous():
+    if tensor.is_cuda or not (tensor.is_contiguous() and mask.is_contiguous()):
         tensor.mul_(mask)
         return
     pieces = (torch.split(whole.view(-1), PIECE) for whole in (tensor, mask))
