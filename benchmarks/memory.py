@@ -68,10 +68,11 @@ def main() -> None:
         command += [f"--{name}={getattr(given, name)}" for name in ("sequences", "length", "threads")]
         told = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
         rows.append(json.loads(told.splitlines()[-1]))
-    frame = pd.DataFrame(rows).assign(machine=machine(given.threads))
+        frame = pd.DataFrame(rows).assign(machine=machine(given.threads))
+        if given.csv is not None:
+            # After each, since an arm takes many minutes.
+            frame.to_csv(given.csv, index=False)
     show(frame, given)
-    if given.csv is not None:
-        frame.to_csv(given.csv, index=False)
 
 
 def write_checkpoint(folder: Path) -> None:

@@ -166,7 +166,7 @@ def sizes_of(
     weights = shapes.num_loaded * width
     block = shapes.num_block_parameters // shapes.num_blocks
     outside = shapes.num_parameters - shapes.num_block_parameters
-    training = _training(texts, shapes, technique, needs, block * window, outside)
+    training = _training(texts, shapes, technique, needs, block * window, outside, width)
     dense = block * window * width if technique.needs_dense_weights or num_rounds > 1 else 0
     if windows_at_once > 1:
         # A process's own window as it was pruned and as it was trained.
@@ -190,11 +190,17 @@ def sizes_of(
 
 
 def _training(
-    texts: Texts, shapes: Shapes, technique: Technique, needs: Needs, window: int, outside: int
+    texts: Texts,
+    shapes: Shapes,
+    technique: Technique,
+    needs: Needs,
+    window: int,
+    outside: int,
+    width: int,
 ) -> int:
-    """What training or gradients take beside weights in the run's dtype; `window` and `outside` are parameters."""
-    # Float32 weights, gradient and two moments, and the mask; the best weights so far; the anchor.
-    each = 17 + 4 * (technique.stop_on is not None) + 4 * (technique.anchor > 0)
+    """What training or gradients take beside weights in the run's dtype, of `width` bytes; `window` and `outside` are parameters."""
+    # Float32 weights in place of the run's own, gradient and two moments, and the mask; the best weights so far; the anchor.
+    each = 17 - width + 4 * (technique.stop_on is not None) + 4 * (technique.anchor > 0)
     training = window * each if technique.trains else 0
     if technique.trains and technique.loss == LANGUAGE:
         logits = technique.batch_size * max(
