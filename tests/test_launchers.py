@@ -81,7 +81,7 @@ def test_ray_cluster_that_loses_a_node(
     """Catches jobs that share a GPU, a lost node that ends the sweep, and jobs that are lost with it."""
     out = tmp_path / "out"
     grid = (
-        "pruner=wanda,magnitude,random,sparsegpt",
+        "pruner=wanda,magnitude,random",
         "seed=0,1",
         "model.num_blocks=6",
         "reconstruction.epochs=100",
@@ -114,7 +114,7 @@ def test_ray_cluster_that_loses_a_node(
         return found
 
     lost, pid = wait_until(stopped, "a job on the second node", driver)
-    wait_until(lambda: finished(out) >= 2, "the middle of the sweep", driver)
+    wait_until(lambda: finished(out) >= 1, "the middle of the sweep", driver)
     beside, _ = wait_until(lambda: under_way("head"), "a job on the first node", driver)
     seen = {read_json(out / run / "environment.json")["visible_devices"] for run in (lost, beside)}
     assert seen == {"0"}, "each node has one GPU, and its job sees that one"
@@ -126,7 +126,7 @@ def test_ray_cluster_that_loses_a_node(
     assert not (out / lost / "result.json").exists()
     code, said = ended(driver)
     assert code == 0, said
-    assert list(reprune.results(out)["state"]) == ["finished"] * 8
+    assert list(reprune.results(out)["state"]) == ["finished"] * 6
     assert (tmp_path / "shared").is_dir()
     pd.testing.assert_frame_equal(frame(out), _in_process(tmp_path / "alone", monkeypatch, *grid))
 
