@@ -24,7 +24,7 @@ from reprune.pruning.channel_permutation import (
 )
 from reprune.pruning.ria import RIA
 from reprune.sparsity.mixed_groups import MixedOfGroup
-from reprune.sparsity.patterns import KeptOfGroup, Unstructured
+from reprune.sparsity.patterns import KeptOfGroup
 from support import layer_context
 
 
@@ -96,8 +96,6 @@ def test_ria_keeps_more_by_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(channel_permutation, "CHUNK_BYTES", 1)
         assert torch.equal(RIA(permute="assignment").prune(layer, pattern, sparsity).keep, masks[-1])
         monkeypatch.undo()
-    plain = RIA(permute="assignment").prune(layer, Unstructured(), 0.5).keep
-    assert torch.equal(plain, RIA().prune(layer, Unstructured(), 0.5).keep)
 
 
 def test_a_choice_has_one_run(tmp_path: Path) -> None:
@@ -116,4 +114,8 @@ def test_a_choice_has_one_run(tmp_path: Path) -> None:
         build({"_target_": "reprune.pruning.ria.RIA", "permute": "assigment"}, "pruner")
     with pytest.raises(ConfigError) as refused:
         plan_of(tmp_path, "pruner=ria", "pattern=2to4", "pruner.permute=assignment", "refine=sparse_swaps")
+    assert refused.value.key == "pruner.permute"
+    # It would be another run of the same numbers.
+    with pytest.raises(ConfigError) as refused:
+        plan_of(tmp_path, "pruner=ria", "pattern=unstructured", "pruner.permute=true")
     assert refused.value.key == "pruner.permute"

@@ -29,11 +29,13 @@ def option_files(group: str) -> dict[str, Path]:
     """
     for base in (config_root() / "conf" / group, config_root() / group):
         if base.is_dir():
+            # A folder of experiments may be named as a group: `experiments=methods/NAME`.
+            deltas = group.startswith("experiments")
             files = {path.relative_to(base).with_suffix("").as_posix(): path for path in base.rglob("*.yaml")}
             return {
                 name: files[name]
                 for name in sorted(files)
-                if files[name].parent == base or _is_global(files[name])
+                if (files[name].parent == base and not deltas) or _is_global(files[name])
             }
     return {}
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from reprune.errors import require_nonnegative
+from reprune.errors import ConfigError, require_nonnegative
 from reprune.pruning.channel_permutation import assign_channels, spread_channels
 from reprune.pruning.contract import LayerContext, Needs, Pruned, ScorePruner, rank_first, require_finite
 from reprune.sparsity.patterns import Group, Pattern
@@ -48,6 +48,14 @@ class RIA(ScorePruner):
         """Where channels are permuted."""
         return self.permute is not False
 
+    def check(self, pattern: Pattern) -> None:
+        """ConfigError for an order of channels where none share a group."""
+        if self.reorders and pattern.columns is None:
+            raise ConfigError(
+                "pruner.permute", "channels are permuted for the groups of N:M, and this pattern has none",
+                value=self.permute, accepted="false, or an N:M pattern", hint="pattern=2to4, or pruner.permute=false",
+            )  # fmt: skip
+
     def score(self, layer: LayerContext) -> Tensor:
         """See ScorePruner."""
         size = layer.weight.float().abs()
@@ -58,8 +66,9 @@ class RIA(ScorePruner):
 
     def prune(self, layer: LayerContext, pattern: Pattern, sparsity: float) -> Pruned:
         """See Pruner."""
-        if self.permute is False or pattern.columns is None:
+        if self.permute is False:
             return super().prune(layer, pattern, sparsity)
+        assert pattern.columns is not None, "`check` refuses others"
         scores = self.score(layer)
         require_finite(scores, layer)
         order = spread_channels(scores.sum(dim=0), pattern.columns)
