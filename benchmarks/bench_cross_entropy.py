@@ -3,7 +3,7 @@
 SmolLM2-135M on windows of random tokens, which cost what text costs. 'whole' makes the logits of as many rows as fit
 2^26 of them and takes the cross-entropy of all; the others send those rows through the blocks and then some positions
 through the head. They take turns within a round; shown are medians over rounds of what was measured in the same one, and
-the largest difference of any loss from 'whole'. Memory is the high-water mark beyond what lies there before a round.
+the largest difference of any loss from 'whole'. The floor is the products of the pass, of blocks and head. Memory is the high-water mark beyond what lies there before a round.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from timing import Measure, Seconds, against, with_peak
+from floors import BARE, bare_pass
+from timing import Measure, Rows, Seconds, against, with_peak
 from torch import Tensor
 
 from reprune.model import head
@@ -32,7 +33,7 @@ SETTINGS = ("model", "windows", "length")
 
 def arms(config: pytest.Config) -> list[str]:
     """How many logits are there at once."""
-    return [WHOLE, *(f"2^{power}" for power in POWERS)]
+    return [BARE, WHOLE, *(f"2^{power}" for power in POWERS)]
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +55,25 @@ def test_losses(
     """One arm in one round."""
     ways = {WHOLE: whole_losses, **{f"2^{power}": chunked(2**power) for power in POWERS}}
     with model.plan.holding(model.model):
-        if number:
+        if arm == BARE:
+            measure(bare_pass(model, tokens.numel(), tokens.shape[1]))
+        elif number:
             measure(lambda: ways[arm](model, tokens))
         else:
             found[arm] = with_peak(model, lambda: measure(lambda: ways[arm](model, tokens)))
 
 
-def test_table(tokens: Tensor, seconds: Seconds, found: dict[str, Any], told: list[dict[str, Any]]) -> None:
+def test_table(tokens: Tensor, seconds: Seconds, found: dict[str, Any], told: Rows) -> None:
     """What the rounds come to."""
     whole = found[WHOLE][0]
-    times = against(seconds, WHOLE)
-    for name, took in seconds.items():
+    times, floors = against(seconds, WHOLE), against(seconds, BARE)
+    for name in found:
+        took = seconds[name]
         told.append(
             {
                 "logits at once": name,
                 "tokens_a_second": tokens.numel() / median(took),
+                "share": 1 / floors[name],
                 "times_as_fast_as_whole": 1 / times[name],
                 "mib_beyond_rest": found[name][1] / 2**20,
                 "largest_difference": float((found[name][0] - whole).abs().max()),

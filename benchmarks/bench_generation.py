@@ -3,18 +3,19 @@
 The study's recipe on SmolLM2-135M, float32: prefixes of a random token and four greedy ones, sampling at temperature 1 to
 the end-of-text token or --length tokens. Timed is the sampling; counted are the tokens that the texts keep, so that rows of a
 batch which ended count for nothing. One text at a time is two texts one after the other. The sizes take turns
-within a round, and the shown figures are medians over rounds of what was measured in the same one.
+within a round, and the shown figures are medians over rounds of what was measured in the same one. The floor of a step is
+its products of a row a text with every weight, which for few rows is the reading of the weights; attention to what is cached is left out.
 """
 
 from __future__ import annotations
 
 import time
 from statistics import median
-from typing import Any
 
 import pytest
 import torch
-from timing import Measure, Seconds
+from floors import BARE, bare_pass
+from timing import Measure, Rows, Seconds
 from torch import Tensor
 
 from reprune.calibration.generated import Generated
@@ -30,8 +31,8 @@ SETTINGS = ("model", "length")
 
 
 def arms(config: pytest.Config) -> list[str]:
-    """Texts at a time."""
-    return list(SIZES)
+    """Texts at a time, and a step's products of as many rows."""
+    return [name for size in SIZES for name in (size, f"{BARE}, {size}")]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,8 @@ def starts(model: LoadedModel) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def kept() -> dict[str, int]:
-    """Tokens that were kept, by arm: the same in every round."""
+def counted() -> dict[str, tuple[int, int]]:
+    """Tokens that were kept and steps, by arm: the same in every round."""
     return {}
 
 
@@ -51,27 +52,34 @@ def test_writing(
     model: LoadedModel,
     starts: Tensor,
     measure: Measure,
-    kept: dict[str, int],
+    counted: dict[str, tuple[int, int]],
     request: pytest.FixtureRequest,
 ) -> None:
     """One arm in one round."""
-    length, size = request.config.getoption("length"), SIZES[arm]
+    length, size = request.config.getoption("length"), SIZES[arm.removeprefix(f"{BARE}, ")]
     batches = starts[:SINGLE].split(1) if size == 1 else [starts[:size]]
     with model.plan.holding(model.model):
-        kept[arm] = measure(lambda: sum(written(model, batch, length) for batch in batches))
+        if arm.startswith(BARE):
+            measure(bare_pass(model, size, 0))
+        else:
+            found = measure(lambda: [written(model, batch, length) for batch in batches])
+            counted[arm] = sum(map(sum, found)), sum(map(max, found))
 
 
-def test_table(
-    model: LoadedModel, seconds: Seconds, kept: dict[str, int], told: list[dict[str, Any]]
-) -> None:
+def test_table(model: LoadedModel, seconds: Seconds, counted: dict[str, tuple[int, int]], told: Rows) -> None:
     """What the rounds come to."""
-    rates = {name: [kept[name] / took for took in rounds] for name, rounds in seconds.items()}
+    rates = {name: [tokens / took for took in seconds[name]] for name, (tokens, _) in counted.items()}
     for name, found in rates.items():
         ratios = [rate / single for rate, single in zip(found, rates["1"], strict=True)]
+        floors = [
+            counted[name][1] * step / took
+            for step, took in zip(seconds[f"{BARE}, {name}"], seconds[name], strict=True)
+        ]
         told.append(
             {
                 "texts at a time": name,
                 "tokens_a_second": median(found),
+                "share": median(floors),
                 "times_one": median(ratios),
                 "lowest": min(ratios),
                 "highest": max(ratios),
@@ -89,10 +97,10 @@ def beginnings(model: LoadedModel, count: int) -> Tensor:
         return recipe.starts(model, context, streams, 0).tokens_BT
 
 
-def written(model: LoadedModel, starts: Tensor, max_new_tokens: int) -> int:
-    """Write texts behind `starts`; the tokens that they keep."""
+def written(model: LoadedModel, starts: Tensor, max_new_tokens: int) -> list[int]:
+    """Write texts behind `starts`; how many tokens each keeps."""
     streams = [generator(0, "benchmark sampling", text) for text in range(len(starts))]
-    return sum(map(len, sample(model, starts, streams, lambda place: 1.0, max_new_tokens)))
+    return list(map(len, sample(model, starts, streams, lambda place: 1.0, max_new_tokens)))
 
 
 def seconds_of_drawing(model: LoadedModel, size: int) -> float:

@@ -4,6 +4,7 @@ SmolLM2-135M on windows of random tokens. Both give the mean and the mean square
 'whole' goes back through the whole model a window at a time and adds up the gradients of all weights; 'by block' keeps
 the boundaries between blocks and goes back a block at a time (`engine.gradients`), its results in files. They take turns
 within a round; shown are medians over rounds and the largest difference of a mean, as a share of the largest mean.
+The floor is thrice the products of a forward pass: there, and back for inputs and for weights.
 Memory is the high-water mark beyond what lies there before a round.
 """
 
@@ -17,7 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from timing import Measure, Seconds, against, with_peak
+from floors import BARE, bare_pass
+from timing import Measure, Rows, Seconds, against, with_peak
 from torch import Tensor
 
 from reprune.calibration.source import TextSet
@@ -36,7 +38,7 @@ SETTINGS = ("model", "windows", "length")
 
 def arms(config: pytest.Config) -> list[str]:
     """Ways to the same gradients."""
-    return [WHOLE, BY_BLOCK, IN_FILES]
+    return [BARE, WHOLE, BY_BLOCK, IN_FILES]
 
 
 @pytest.fixture(scope="module")
@@ -69,21 +71,25 @@ def test_gradients(
         with TemporaryDirectory() as folder:
             return ways[arm](model, text, Path(folder))
 
-    if number:
+    if arm == BARE:
+        with model.plan.holding(model.model):
+            measure(bare_pass(model, text.tokens_NT.numel(), text.tokens_NT.shape[1]))
+    elif number:
         measure(work)
     else:
         found[arm] = with_peak(model, lambda: measure(work))
 
 
-def test_table(seconds: Seconds, found: dict[str, Any], told: list[dict[str, Any]]) -> None:
+def test_table(seconds: Seconds, found: dict[str, Any], told: Rows) -> None:
     """What the rounds come to."""
-    base, times = found[WHOLE][0], against(seconds, WHOLE)
-    for name, took in seconds.items():
-        means = found[name][0]
+    base, times, floors = found[WHOLE][0], against(seconds, WHOLE), against(seconds, BARE)
+    for name in found:
+        took, means = seconds[name], found[name][0]
         told.append(
             {
                 "way": name,
                 "seconds": median(took),
+                "share": 3 / floors[name],
                 "times_as_long_as_whole": times[name],
                 "mib_beyond_rest": found[name][1] / 2**20,
                 "largest_difference": max(

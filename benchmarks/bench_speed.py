@@ -34,7 +34,7 @@ from reference_layers import (
     reference_pass,
     reference_statistics,
 )
-from timing import Measure, Seconds
+from timing import Measure, Rows, Seconds
 from torch import Tensor
 
 from reprune.calibration.source import TextSet
@@ -108,7 +108,7 @@ def test_arm(arm: str, work: Work, measure: Measure) -> None:
     measure(work[arm])
 
 
-def test_shares(bench: Bench, seconds: Seconds, told: list[dict[str, Any]]) -> None:
+def test_shares(bench: Bench, seconds: Seconds, told: Rows) -> None:
     """What the rounds come to."""
     told += bench.rows(seconds)
 

@@ -3,15 +3,19 @@
     .venv/bin/python -m pytest benchmarks/bench_speed.py --rounds 5 --csv FILE
 
 A module names its arms (`arms(config)`) and the options that it heeds (`SETTINGS`); every round has all of them, one after the other, so that a ratio is of one
-round, whatever else the machine does. The first round warms up, and is the one in which memory is measured. pytest-benchmark's own options go on working
-(`--benchmark-timer=time.process_time`, `--benchmark-json=FILE`, `--benchmark-verbose`).
+round, whatever else the machine does. The first round warms up, and is the one in which memory is measured; a module whose arms take minutes has one round and no
+such (`WARM_UP = False`). `share` is of the floor reached: the seconds of what cannot be spared, from bare products of the same run, over those it took.
+pytest-benchmark's own options go on working (`--benchmark-timer=time.process_time`, `--benchmark-json=FILE`, `--benchmark-verbose`).
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
@@ -20,7 +24,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from timing import Measure, Seconds, loaded
+from timing import Measure, Rows, Seconds, clock_of, loaded
 from transformers.utils import logging as transformers_logging
 
 from reprune.model.device import plan_device
@@ -33,7 +37,8 @@ WIDTH = 120
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options that every benchmark has; those of one alone are here too, where pytest looks for them."""
     group = parser.getgroup("reprune's benchmarks")
-    group.addoption("--rounds", type=int, default=3, help="rounds that count")
+    group.addoption("--rounds", type=int, help="rounds that count: 3, or 1 where an arm takes minutes")
+    group.addoption("--arm", action="append", help="this arm alone; may be given again")
     group.addoption("--threads", type=int, default=1)
     group.addoption("--csv", type=Path, help="append the rows to this file")
     group.addoption("--model", default="smollm2_135m", help="an option of the group `model`")
@@ -44,6 +49,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--shapes", choices=shapes, default=shapes[0], help="bench_speed: the block's")
     group.addoption("--no-training", action="store_true", help="bench_speed: without training steps")
     group.addoption("--runs", type=int, default=200, help="bench_report: how many runs it reads")
+    group.addoption("--folder", type=Path, help="bench_memory: where checkpoint and runs go, 30 GB")
+    group.addoption("--blocks", type=int, nargs="+", default=[0, 10, 20, 29], help="bench_least_squares")
+    group.addoption("--first", type=int, help="bench_time_to_error: the first blocks alone")
+    group.addoption("--windows-tried", type=int, nargs="+", default=[2, 9, 16, 23], help="bench_step_sizes")
+    group.addoption("--set", type=int, default=0, help="bench_time_to_error: the calibration set")
+    group.addoption("--override", action="append", default=[], metavar="KEY=VALUE", help="of every run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,15 +66,28 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test for each round and arm, round after round."""
-    if "arm" in metafunc.fixturenames:
-        rounds = range(metafunc.config.getoption("rounds") + 1)
-        arms = metafunc.module.arms(metafunc.config)
-        metafunc.parametrize(("number", "arm"), [(number, arm) for number in rounds for arm in arms])
+    if "arm" not in metafunc.fixturenames:
+        return
+    config, module = metafunc.config, metafunc.module
+    arms, asked = module.arms(config), config.getoption("arm") or []
+    if unknown := set(asked) - set(arms):
+        raise pytest.UsageError(f"--arm: no {sorted(unknown)} among {arms}")
+    chosen = [arm for arm in arms if not asked or arm in asked]
+    numbers = range(0 if _warms_up(module) else 1, _rounds(config, module) + 1)
+    metafunc.parametrize(("number", "arm"), [(number, arm) for number in numbers for arm in chosen])
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """What pytest-benchmark does not know of."""
     machine_info["reprune"] = _machine(config)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clock(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What reads the clock within an arm reads the benchmark's."""
+    module, _, name = clock_of(request.config).rpartition(".")
+    with patch("time.perf_counter", getattr(importlib.import_module(module), name)):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +100,12 @@ def model(request: pytest.FixtureRequest) -> LoadedModel:
 def seconds() -> Seconds:
     """What the rounds that count took, by arm."""
     return {}
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    """What the arms came to, where each is a row or more."""
+    return []
 
 
 @pytest.fixture
@@ -93,12 +123,21 @@ def measure(benchmark: BenchmarkFixture, number: int, arm: str, seconds: Seconds
 
 
 @pytest.fixture
-def told(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
-    """Rows that are printed and, with --csv, appended to the file, with the machine and the settings beside them."""
-    rows: list[dict[str, Any]] = []
+def told(kept: Rows, printed: Rows) -> Iterator[Rows]:
+    """Rows that are printed and kept."""
+    rows: Rows = []
     yield rows
-    config = request.config
-    lines = config.stash[LINES]
+    kept += rows
+    printed += rows
+
+
+@pytest.fixture
+def printed(request: pytest.FixtureRequest) -> Iterator[Rows]:
+    """Rows of a table behind the dots."""
+    rows: Rows = []
+    yield rows
+    if not rows:
+        return
     shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
     columns = list(dict.fromkeys(column for row in rows for column in row))
     for column in columns:
@@ -106,22 +145,44 @@ def told(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
         shown.add_column(words, justify="left" if column == columns[0] else "right", no_wrap=True)
     for row in rows:
         shown.add_row(*(_cell(row.get(column)) for column in columns))
-    clock = getattr(config.option.benchmark_timer, "__name__", config.option.benchmark_timer)
-    lines += [f"{_machine(config)}, {clock}", shown]
-    if config.getoption("csv") is not None:
-        names = ("rounds", *request.module.SETTINGS)
-        settings = {name: config.getoption(name) for name in names} | {"clock": str(clock)}
-        measured = [
-            {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
-            for row in rows
-        ]
-        new = pd.DataFrame(measured).assign(
-            benchmark=request.path.stem.removeprefix("bench_"), **settings, machine=_machine(config)
-        )
-        path: Path = config.getoption("csv")
-        # As text: what was written stays as it is.
-        old = [pd.read_csv(path, dtype=str)] if path.is_file() else []
-        pd.concat([*old, new.astype("object")]).to_csv(path, index=False)
+    config = request.config
+    config.stash[LINES] += [f"{_machine(config)}, {clock_of(config)}", shown]
+
+
+@pytest.fixture
+def kept(request: pytest.FixtureRequest) -> Iterator[Rows]:
+    """Rows that are appended to the file of --csv, with the machine and the settings beside them."""
+    rows: Rows = []
+    yield rows
+    config, module = request.config, request.module
+    path: Path | None = config.getoption("csv")
+    if path is None or not rows:
+        return
+    settings = {name: _setting(config.getoption(name)) for name in module.SETTINGS}
+    settings |= {"rounds": _rounds(config, module), "clock": clock_of(config)}
+    measured = [
+        {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
+        for row in rows
+    ]
+    new = pd.DataFrame(measured).assign(
+        benchmark=request.path.stem.removeprefix("bench_"), **settings, machine=_machine(config)
+    )
+    # As text: what was written stays as it is.
+    old = [pd.read_csv(path, dtype=str)] if path.is_file() else []
+    pd.concat([*old, new.astype("object")]).to_csv(path, index=False)
+
+
+def _warms_up(module: ModuleType) -> bool:
+    return getattr(module, "WARM_UP", True)
+
+
+def _rounds(config: pytest.Config, module: ModuleType) -> int:
+    given: int | None = config.getoption("rounds")
+    return given if given is not None else 3 if _warms_up(module) else 1
+
+
+def _setting(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _machine(config: pytest.Config) -> str:

@@ -1,14 +1,13 @@
-"""What `time_to_error.py` compares: the study's recipe and others, and one run's loop that any of them may train."""
+"""What `bench_step_sizes.py` and `bench_time_to_error.py` compare: the study's recipe and others, and one run's loop that any of them may train."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from reprune.arithmetic import FLOOR, guessed_stages
 from reprune.calibration.roles import Texts
 from reprune.check import RunPlan, check
 from reprune.compose import compose_run, prepare
@@ -40,22 +39,6 @@ class Recipe:
         return replace(technique, **self.changes, layerwise=start)
 
 
-class ProcessorMeter(StageMeter):
-    """Seconds of this process's processor time as well, which other work on the machine disturbs least."""
-
-    def __init__(self, plan: Any) -> None:
-        super().__init__(plan)
-        self.processor: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """See StageMeter."""
-        start = time.process_time()
-        with super().stage(name):
-            yield
-        self.processor[name] = self.processor.get(name, 0.0) + time.process_time() - start
-
-
 class Silent:
     """A listener of the loop that is told and does nothing."""
 
@@ -67,6 +50,21 @@ class Silent:
 
     def frozen(self, row: Mapping[str, Any]) -> None:
         """Nothing."""
+
+
+def floor_of(recipe: Recipe, plan: RunPlan) -> float:
+    """Seconds that fitting a whole model by `recipe` cannot do without: its products at the rate of a large bare one."""
+    own = guessed_stages(replace(plan, technique=recipe.of(plan.technique)), FLOOR)
+    pruning = guessed_stages(
+        replace(plan, technique=replace(plan.technique, epochs=0, layerwise=None)), FLOOR
+    )
+    return (
+        own["reconstruction"]
+        + own["statistics"]
+        + own["pruning"]
+        - pruning["statistics"]
+        - pruning["pruning"]
+    )
 
 
 def plan_for(technique: str, folder: Path, overrides: list[str]) -> RunPlan:
@@ -108,7 +106,7 @@ def loop_of(
         del model.blocks[num_blocks:]
     texts: Texts = plan.texts(model)
     stores = Stores(plan.device.dtype, plan.shapes.hidden_size, folder / "activations", False)
-    meter = ProcessorMeter(plan.device)
+    meter = StageMeter(plan.device)
     return kind(
         model=model,
         texts=texts,

@@ -22,6 +22,7 @@ from reprune.resources import StageMeter
 GLIBC = platform.libc_ver()[0] == "glibc"
 M_MMAP_THRESHOLD = -3
 Seconds = dict[str, list[float]]
+Rows = list[dict[str, Any]]
 Measure = Callable[[Callable[[], Any]], Any]
 
 
@@ -31,6 +32,12 @@ def against(seconds: Mapping[str, list[float]], base: str) -> dict[str, float]:
         name: median(own / theirs for own, theirs in zip(took, seconds[base], strict=True))
         for name, took in seconds.items()
     }
+
+
+def clock_of(config: pytest.Config) -> str:
+    """The function that tells the time, with its module."""
+    timer = config.option.benchmark_timer
+    return str(getattr(timer, "__name__", timer))
 
 
 def loaded(config: pytest.Config) -> LoadedModel:

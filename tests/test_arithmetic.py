@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from helpers import perplexity_on, plan_of, run_tiny, write_documents
 from reprune import arithmetic
-from reprune.arithmetic import guessed_seconds, guessed_stages
+from reprune.arithmetic import FLOOR, MEASURED, Pace, guessed_seconds, guessed_stages
 from reprune.model.blocks import BlockCall
+from reprune.run_plan import RunPlan
 
 PASSING = ("dense chain", "pruned chain", "statistics", "measuring", "reconstruction")
 
@@ -22,10 +24,14 @@ PASSING = ("dense chain", "pruned chain", "statistics", "measuring", "reconstruc
 def counting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that does an operation a second, and nothing that takes time beside operations."""
     monkeypatch.setattr(arithmetic, "product_rate", lambda *_: 1.0)
-    for share in ("FORWARD", "TRAINING", "FITTING"):
-        monkeypatch.setattr(arithmetic, share, 1.0)
-    for seconds in ("CALL", "STEP", "COLUMN", "CHOOSING"):
-        monkeypatch.setattr(arithmetic, seconds, 0.0)
+
+
+BARE = Pace(forward=1, training=1, fitting=1, call=0, step=0, column=0, choosing=0)
+
+
+def bare(plan: RunPlan, pace: Pace = BARE) -> dict[str, float]:
+    """What is guessed where every product has the full rate and nothing takes time beside them."""
+    return guessed_stages(plan, pace)
 
 
 @pytest.mark.usefixtures("counting")
@@ -62,7 +68,7 @@ def test_passes_are_those_of_a_run(
     plan, _ = run_tiny(tmp_path, "pruner=wanda", *choices)
     weights = plan.shapes.num_block_parameters / plan.shapes.num_blocks
     a_token = 2 * weights + 4 * 16 * plan.shapes.hidden_size
-    stages = guessed_stages(plan)
+    stages = bare(plan)
     assert sum(stages[stage] for stage in PASSING) == pytest.approx(
         a_token * (passed[False] + 3 * passed[True])
     )
@@ -72,7 +78,7 @@ def test_passes_are_those_of_a_run(
 @pytest.mark.usefixtures("counting")
 def test_what_a_pruner_does_by_hand(tmp_path: Path) -> None:
     """Catches a Gram for each of the layers that share an input, a forgotten factor, sweep, round or solver."""
-    plain, gram = (guessed_stages(plan_of(tmp_path, "reconstruction=none", f"pruner={it}")) for it in ("wanda", "sparsegpt"))  # fmt: skip
+    plain, gram = (bare(plan_of(tmp_path, "reconstruction=none", f"pruner={it}")) for it in ("wanda", "sparsegpt"))  # fmt: skip
     tokens, blocks, hidden, inner, narrow = 3 * 16, 3, 32, 64, 16
     grams = 2 * tokens * (3 * hidden**2 + inner**2)
     factors = 4 / 3 * (3 * hidden**3 + inner**3)
@@ -81,31 +87,31 @@ def test_what_a_pruner_does_by_hand(tmp_path: Path) -> None:
     assert gram["statistics"] - plain["statistics"] == pytest.approx(blocks * grams)
     assert gram["pruning"] - plain["pruning"] == pytest.approx(blocks * (factors + square))
     rounds = ("schedule=iterative", "schedule.rounds=3", "schedule.reconstruct=end")
-    thrice = guessed_stages(plan_of(tmp_path, "reconstruction=none", "pruner=sparsegpt", *rounds))
+    thrice = bare(plan_of(tmp_path, "reconstruction=none", "pruner=sparsegpt", *rounds))
     assert thrice["pruning"] == pytest.approx(3 * gram["pruning"])
     assert thrice["dense chain"] == pytest.approx(gram["dense chain"])
     few = ("reconstruction=least_squares", "reconstruction.layerwise.max_iterations=30")
-    solved = guessed_stages(plan_of(tmp_path, "pruner=sparsegpt", *few))
+    solved = bare(plan_of(tmp_path, "pruner=sparsegpt", *few))
     assert solved["pruning"] - gram["pruning"] == pytest.approx(blocks * 2 * 32 * square)
     assert solved["statistics"] == pytest.approx(gram["statistics"]), "the pruner's Grams are the solver's"
-    paired = guessed_stages(plan_of(tmp_path, "pruner=wanda", *few, "reconstruction.target_chain=dense"))
+    paired = bare(plan_of(tmp_path, "pruner=wanda", *few, "reconstruction.target_chain=dense"))
     assert paired["statistics"] == pytest.approx(3 * plain["statistics"] + 2 * blocks * grams)
 
 
 @pytest.mark.usefixtures("counting")
-def test_evaluation_and_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_and_calls(tmp_path: Path) -> None:
     """Catches an evaluation of one model alone, and calls and steps that are free."""
     write_documents(tmp_path / "mine.jsonl")
     texts = perplexity_on(mine=tmp_path / "mine.jsonl")
     plan = plan_of(tmp_path, "reconstruction=br_gp", "reconstruction.epochs=2", *texts)
-    plain = guessed_stages(plan)
+    plain = bare(plan)
     assert plain["evaluation"] == plain["dense evaluation"] == 2 * plan.shapes.num_parameters * 3 * 16
-    monkeypatch.setattr(arithmetic, "STEP", 10.0)
-    more = guessed_stages(plan)
+    more = bare(plan, replace(BARE, step=10))
     # Two epochs of two batches of at most 2 of 3 sequences, in each of three blocks.
     assert more["reconstruction"] - plain["reconstruction"] == pytest.approx(2 * 2 * 3 * 10)
-    monkeypatch.setattr(arithmetic, "CALL", 10.0)
-    assert guessed_stages(plan)["dense chain"] - plain["dense chain"] == pytest.approx(2 * 3 * 10)
+    assert bare(plan, replace(BARE, call=10))["dense chain"] - plain["dense chain"] == pytest.approx(
+        2 * 3 * 10
+    )
 
 
 @pytest.mark.usefixtures("counting")
@@ -118,7 +124,7 @@ def test_gradients_that_a_method_reads(tmp_path: Path, monkeypatch: pytest.Monke
 
     def seconds(*more: str) -> float:
         given = ("reconstruction=none", "dtype=bfloat16", *more)
-        return guessed_stages(plan_of(tmp_path, *given))["gradients"]
+        return bare(plan_of(tmp_path, *given))["gradients"]
 
     shapes = plan_of(tmp_path).shapes
     tokens, rounds = 3 * 16, ("schedule=iterative", "schedule.rounds=3")
@@ -139,6 +145,22 @@ def test_gradients_that_a_method_reads(tmp_path: Path, monkeypatch: pytest.Monke
         parts += [f"+calibration@{place}=vocabulary", f"{place}.num_sequences={count}", f"{place}.length=16"]
     assert seconds("pruner=d_pruner", "pruner.domain=law", *parts) == pytest.approx(model * 2 / 3)
     assert seconds("pruner=d_pruner", *parts) == pytest.approx(model * 7 / 3)
+
+
+@pytest.mark.usefixtures("counting")
+def test_the_floor_by_hand(tmp_path: Path) -> None:
+    """Catches a floor with whole Grams, attention to later positions or a factor's inverse, and one above what is guessed."""
+    plan = plan_of(tmp_path, "reconstruction=br_gp", "pruner=sparsegpt")
+    floor, measured = bare(plan, FLOOR), bare(plan, MEASURED)
+    tokens, blocks, hidden, inner, narrow = 3 * 16, 3, 32, 64, 16
+    weights = plan.shapes.num_block_parameters / plan.shapes.num_blocks
+    forward = tokens * (2 * weights + 2 * 16 * hidden)
+    into_hidden = hidden + narrow + narrow + hidden + inner + inner
+    assert floor["statistics"] == pytest.approx(blocks * (forward + tokens * (3 * hidden**2 + inner**2)))
+    square = into_hidden * hidden**2 + hidden * inner**2
+    assert floor["pruning"] == pytest.approx(blocks * ((3 * hidden**3 + inner**3) / 3 + square))
+    assert floor["reconstruction"] == pytest.approx(blocks * plan.technique.epochs * 3 * forward)
+    assert all(floor[stage] <= measured[stage] for stage in floor)
 
 
 def test_the_rate_of_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

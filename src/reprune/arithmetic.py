@@ -11,36 +11,47 @@ from math import ceil
 import torch
 
 from reprune.calibration.gather import Request
-from reprune.operations import Visits, columns, distinct, grams, products, solver_reads, sweeps
+from reprune.operations import Visits, columns, distinct, factors, grams, products, solver_reads
 from reprune.run_plan import RunPlan
 
-FORWARD = 0.75
-"""Of the rate of a large matrix product, in forward passes.
 
-This and what follows is rounded from one thread of a CPU: `benchmarks/cost_growth.py`, its table of 23 November 2026 in
-`experiments/results`, and runs of SmolLM2-135M. A GPU has other shares: there its table is to be made anew.
-"""
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How fast work goes: shares of the rate of a large matrix product, operations, seconds beside products.
 
-TRAINING = 0.75
-"""The same in training steps and gradients."""
+    The defaults are rounded from one thread of a CPU: `benchmarks/bench_cost_growth.py`, the table of 23 November 2026 in
+    `experiments/results`, and runs of SmolLM2-135M. A GPU has others: there the table is to be made anew.
+    """
 
-FITTING = 0.9
-"""The same in Grams, their factors, sweeps and solvers."""
+    forward: float = 0.75
+    """Of the rate of a large matrix product, in forward passes."""
+    training: float = 0.75
+    """The same in training steps and gradients."""
+    fitting: float = 0.9
+    """The same in Grams, their factors, sweeps and solvers."""
+    attention: float = 4.0
+    """Operations of a forward pass for each pair of positions and hidden channel."""
+    gram: float = 2.0
+    """Operations of a Gram for each token and pair of inputs."""
+    factor: float = 4 / 3
+    """Operations of a Gram's factor, times the cube of its width."""
+    call: float = 1e-3
+    """Seconds that a pass of a batch through a block takes beside its products."""
+    step: float = 4e-3
+    """Seconds that a training step of a block takes beside its products."""
+    column: float = 5e-5
+    """Seconds that a sweep's step over a column takes beside its products."""
+    choosing: float = 2000.0
+    """Operations in which a mask is chosen, a weight."""
+    writing: float = 10.0
+    """How many times the cost of reading a token is that of writing one."""
 
-CALL = 1e-3
-"""Seconds that a pass of a batch through a block takes beside its products."""
 
-STEP = 4e-3
-"""Seconds that a training step of a block takes beside its products."""
-
-COLUMN = 5e-5
-"""Seconds that a sweep's step over a column takes beside its products."""
-
-CHOOSING = 2000
-"""Operations in which a mask is chosen, a weight."""
-
-WRITING = 10
-"""How many times the cost of reading a token is that of writing one."""
+MEASURED = Pace()
+FLOOR = Pace(
+    forward=1, training=1, fitting=1, attention=2, gram=1, factor=1 / 3, call=0, step=0, column=0, choosing=0, writing=1
+)  # fmt: skip
+"""What cannot be spared: products at the full rate, half of what is symmetric or causal, nothing beside."""
 
 SIZE = 1024
 REPEATS = 3
@@ -51,52 +62,58 @@ def guessed_seconds(plan: RunPlan) -> float:
     return sum(guessed_stages(plan).values())
 
 
-def guessed_stages(plan: RunPlan) -> dict[str, float]:
+def guessed_stages(plan: RunPlan, pace: Pace = MEASURED) -> dict[str, float]:
     """Seconds by stage on this machine's device, of the stages of `StageMeter` in which something is computed.
 
-    A forward pass takes 2 operations a parameter and token, and 4 · length a token and hidden channel for attention; a
+    A forward pass takes 2 operations a parameter and token, and `pace.attention` · length a token and hidden channel; a
     training step or gradient takes thrice that. A method that reads Grams is taken for SparseGPT: a factor of each, a
     sweep over each layer. Masks chosen in another way count as one sorted list of scores; searches for masks, tasks
     and layers that are pruned one after the other within a block are left out. The device's rate is measured once, by
-    a matrix product of the run's dtype and one of float32, which training, gradients and Grams are in.
+    a matrix product of the run's dtype and one of float32, which training, gradients and Grams are in. With `FLOOR` it
+    is what the run cannot do without.
     """
     shapes, technique = plan.shapes, plan.technique
     visits, rounds = Visits.of(plan), len(plan.steps)
     # Reconstruction data that are the mask data are read once.
-    every = _Reading.of(plan, distinct(plan.requests))
-    mask, own = (_Reading.of(plan, plan.requests, use) for use in ("mask", "reconstruction"))
+    every = _Reading.of(plan, pace, distinct(plan.requests))
+    mask, own = (_Reading.of(plan, pace, plan.requests, use) for use in ("mask", "reconstruction"))
     float32 = product_rate(plan.device.device, torch.float32, plan.device.num_threads)
-    training = TRAINING * float32
+    training, fitting = pace.training * float32, pace.fitting * float32
 
     statistics = mask.forward * shapes.num_blocks * rounds if plan.needs.any else 0.0
-    pruning = sum(shapes.num_weights.values()) * CHOOSING * rounds / float32 if plan.needs.prunes else 0.0
+    pruning = (
+        sum(shapes.num_weights.values()) * pace.choosing * rounds / float32 if plan.needs.prunes else 0.0
+    )
     if plan.needs.gram:
-        statistics += rounds * grams(shapes, mask.tokens) / (FITTING * float32)
-        pruning += rounds * (sweeps(shapes) / (FITTING * float32) + columns(shapes) * COLUMN)
+        statistics += rounds * pace.gram * grams(shapes, mask.tokens) / fitting
+        swept = pace.factor * factors(shapes) + products(shapes) / 2
+        pruning += rounds * (swept / fitting + columns(shapes) * pace.column)
     layerwise = technique.layerwise
     if layerwise is not None:
         again, added = solver_reads(plan)
         own_statistics = again * own.forward * shapes.num_blocks
-        own_statistics += added * grams(shapes, own.tokens) / (FITTING * float32)
+        own_statistics += added * pace.gram * grams(shapes, own.tokens) / fitting
         statistics += visits.fitted * own_statistics
-        pruning += visits.fitted * layerwise.products * products(shapes) / (FITTING * float32)
+        pruning += visits.fitted * layerwise.products * products(shapes) / fitting
 
     reconstruction = 0.0
     if technique.trains:
-        stop = _Reading.of(plan, [it for it in plan.requests if it.name == technique.stop_on], "validation")
+        stop = _Reading.of(
+            plan, pace, [it for it in plan.requests if it.name == technique.stop_on], "validation"
+        )
         targets = own.forward + stop.forward if technique.target_chain == "sparse" else 0.0
         steps = ceil(own.sequences / technique.batch_size)
-        epochs = technique.epochs * (3 * own.operations / training + steps * STEP)
+        epochs = technique.epochs * (3 * own.operations / training + steps * pace.step)
         checks = (technique.epochs + 1) * stop.forward
         reconstruction = visits.trained * (epochs + checks + targets)
 
     read, written = mask.tokens, sum(map(_tokens, (it for it in plan.requests if it.source.needs_model)))
     evaluated = sum(text.tokens_NT.numel() for entry in plan.suite for text in entry.texts.values())
-    whole = 2 * shapes.num_parameters / (FORWARD * mask.rate)
+    whole = 2 * shapes.num_parameters / (pace.forward * mask.rate)
     return {
-        "text": whole * WRITING * written,
+        "text": whole * pace.writing * written,
         "describing": whole * read,
-        "gradients": _gradients(plan, mask, training),
+        "gradients": _gradients(plan, pace, mask, training),
         "dense chain": every.forward * shapes.num_blocks,
         "pruned chain": every.forward * visits.earlier * rounds,
         "statistics": statistics,
@@ -119,7 +136,7 @@ class _Reading:
     forward: float
 
     @staticmethod
-    def of(plan: RunPlan, requests: Sequence[Request], use: str | None = None) -> _Reading:
+    def of(plan: RunPlan, pace: Pace, requests: Sequence[Request], use: str | None = None) -> _Reading:
         shapes, device = plan.shapes, plan.device
         rate = product_rate(device.device, device.dtype, device.num_threads)
         read = [request for request in requests if use in (None, request.use)]
@@ -127,18 +144,18 @@ class _Reading:
         operations, calls = 0.0, 0
         for request in read:
             length = request.source.length or 0
-            operations += _tokens(request) * (weights + 4 * length * shapes.hidden_size)
+            operations += _tokens(request) * (weights + pace.attention * length * shapes.hidden_size)
             calls += ceil((request.source.num_sequences or 0) / device.sequences_a_pass(max(1, length)))
         return _Reading(
             sequences=sum(request.source.num_sequences or 0 for request in read),
             tokens=sum(map(_tokens, read)),
             operations=operations,
             rate=rate,
-            forward=operations / (FORWARD * rate) + calls * CALL,
+            forward=operations / (pace.forward * rate) + calls * pace.call,
         )
 
 
-def _gradients(plan: RunPlan, mask: _Reading, training: float) -> float:
+def _gradients(plan: RunPlan, pace: Pace, mask: _Reading, training: float) -> float:
     """Seconds of the gradients that a method reads: of the whole model's loss once a run, of a block's output in every round.
 
     The former go forward to the end of the blocks, and each block once more on the way back.
@@ -146,7 +163,7 @@ def _gradients(plan: RunPlan, mask: _Reading, training: float) -> float:
     shapes, needs, seconds = plan.shapes, plan.needs, 0.0
     if needs.gradients:
         named = [it for it in plan.requests if needs.gradient_text in (None, it.name)]
-        read = _Reading.of(plan, named, "mask")
+        read = _Reading.of(plan, pace, named, "mask")
         outside = 2 * (shapes.num_parameters - shapes.num_block_parameters) * read.tokens
         seconds += shapes.num_blocks * read.forward
         seconds += 3 * (shapes.num_blocks * read.operations + outside) / training

@@ -84,14 +84,13 @@ def _inputs(shapes: Shapes) -> list[tuple[int, int, bool]]:
 
 
 def grams(shapes: Shapes, tokens: int) -> float:
-    """Operations of Σ x xᵀ; all experts of a block together see every token once, or a few times."""
-    return sum(2 * tokens * width**2 * (1 if expert else count) for width, count, expert in _inputs(shapes))
+    """Pairs of inputs that Σ x xᵀ adds up, over `tokens`; all experts of a block together see every token once, or a few times."""
+    return sum(tokens * width**2 * (1 if expert else count) for width, count, expert in _inputs(shapes))
 
 
-def sweeps(shapes: Shapes) -> float:
-    """Operations of the factors of all Grams, 4/3 d_in³ each, and of the updates of later columns, d_out d_in² a layer."""
-    factors = sum(4 * width**3 * count / 3 for width, count, _ in _inputs(shapes))
-    return factors + sum(out * into**2 for out, into in _targets(shapes))
+def factors(shapes: Shapes) -> float:
+    """Σ d_in³ over all Grams, which the operations of their factors are a multiple of."""
+    return sum(float(width**3 * count) for width, count, _ in _inputs(shapes))
 
 
 def products(shapes: Shapes) -> float:

@@ -1,16 +1,14 @@
 """Step sizes of recipes that are to reach an error sooner, on validation text: single windows from the same inputs.
 
-SmolLM2-135M, SparseGPT 50 %, a calibration set that `time_to_error.py` does not measure on. The pruned chain is trained
+SmolLM2-135M, SparseGPT 50 %, a calibration set that `bench_time_to_error.py` does not measure on. The pruned chain is trained
 by one short recipe throughout. At some windows all recipes start from the same weights, masks and inputs, one after the
 other, and the window is put back after each: the loss at each epoch's end is a point (the error of the window's output,
-per element, and relative per token, on calibration and on validation text), with the seconds of processor time so far.
+per element, and relative per token, on calibration and on validation text), with the seconds so far,
+whose floor is the arithmetic of a window's training steps and of least squares. An arm is a technique.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -19,11 +17,10 @@ from statistics import mean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
-from machine import machine
-from recipes import STUDY, TECHNIQUES, Recipe, loop_of, plan_for
-from rich.console import Console
-from rich.table import Table
+from recipes import STUDY, TECHNIQUES, Recipe, floor_of, loop_of, plan_for
+from timing import Measure, Rows
 
 from reprune.engine.activations import compare
 from reprune.engine.chains import Chains
@@ -31,6 +28,7 @@ from reprune.engine.fitting import Fit
 from reprune.engine.loop import BlockLoop
 from reprune.engine.observing import collect, collect_pairs
 from reprune.engine.windows import BlockWindow
+from reprune.operations import Visits
 from reprune.reconstruction.least_squares import LeastSquares
 
 CHAIN = Recipe("chain", {"epochs": 1, "learning_rate": 5e-4})
@@ -71,8 +69,6 @@ class Trying(BlockLoop):
                     for block, tensors in zip(blocks, begun, strict=True):
                         for name, parameter in block.named_parameters():
                             parameter.copy_(tensors[name])
-                point = self.points[-1]
-                print(f"window {window.index:>2} {recipe.name:<22}{point['seconds']:>7.2f} s {point['calibration']:.4g} {point['validation']:.4g}", file=sys.stderr)  # fmt: skip
         super()._reconstruct(chains, window, number)
 
     def _try(self, chains: Chains, window: BlockWindow, recipe: Recipe) -> list[dict[str, Any]]:
@@ -89,6 +85,7 @@ class Trying(BlockLoop):
                 {
                     "recipe": recipe.name,
                     "window": window.index,
+                    "blocks": window.stop - window.first,
                     "steps": steps,
                     "seconds": clock.seconds,
                     **self._errors_of(chains, window),
@@ -162,68 +159,62 @@ class _Clock:
         self.seconds, self._since = 0.0, 0.0
 
     def go(self) -> None:
-        self._since = time.process_time()
+        self._since = time.perf_counter()
 
     def stop(self) -> None:
-        self.seconds += time.process_time() - self._since
+        self.seconds += time.perf_counter() - self._since
 
 
-def main() -> None:
-    """Try, write every point, print a table for each technique."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--techniques", nargs="+", default=list(TECHNIQUES), choices=TECHNIQUES)
-    parser.add_argument("--windows", type=int, nargs="+", default=[2, 9, 16, 23])
-    parser.add_argument("--set", type=int, default=11, help="the calibration set")
-    parser.add_argument("--csv", type=Path, help="where every point is written")
-    parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args()
-    overrides = [
-        f"calibration.set={given.set}",
-        "~calibration@probes.held_out",
-        "+calibration@validation.web=web",
-        "validation.web.num_sequences=8",
-        *given.overrides,
+SET = 11
+"""The calibration set."""
+SETTINGS = ("windows_tried", "override")
+WARM_UP = False
+
+
+def arms(config: pytest.Config) -> list[str]:
+    """Techniques."""
+    return list(TECHNIQUES)
+
+
+def test_recipes(arm: str, measure: Measure, rows: Rows, kept: Rows, request: pytest.FixtureRequest) -> None:
+    """All recipes of one technique at some windows."""
+    given = request.config.getoption
+    validation = ["~calibration@probes.held_out", "+calibration@validation.web=web"]
+    validation += ["validation.web.num_sequences=8"]
+    overrides = [f"calibration.set={SET}", *validation, *given("override")]
+    found = measure(lambda: tried(arm, given("windows_tried"), overrides))
+    rows += found
+    kept += found
+
+
+def tried(technique: str, windows: list[int], overrides: list[str]) -> Rows:
+    """A row a window, recipe and point."""
+    with TemporaryDirectory() as place:
+        plan = plan_for(technique, Path(place), overrides)
+        floors = {recipe.name: floor_of(recipe, plan) / Visits.of(plan).trained for recipe in recipes()}
+        own = {"recipes": recipes(), "windows": windows}
+        chain = CHAIN.of(plan.technique)
+        loop = loop_of(Trying, plan, chain, max(windows) + 2, Path(place), lambda *_: None, **own)
+        loop.run()
+        assert isinstance(loop, Trying)
+    return [
+        {"technique": technique, **point, "floor_seconds": point.pop("blocks") * floors[point["recipe"]]}
+        for point in loop.points
     ]
-    rows: list[dict[str, Any]] = []
-    console = Console(width=150 if not sys.stdout.isatty() else None, highlight=False)
-    console.print(machine(1))
-    for technique in given.techniques:
-        with TemporaryDirectory() as place:
-            plan = plan_for(technique, Path(place), overrides)
-            chain = CHAIN.of(plan.technique)
-            last = max(given.windows) + 2
-            tried = {"recipes": recipes(), "windows": given.windows}
-            loop = loop_of(Trying, plan, chain, last, Path(place), lambda *_: None, **tried)
-            loop.run()
-            assert isinstance(loop, Trying)
-        rows += [{"technique": technique, **point} for point in loop.points]
-        console.print(table(technique, loop.points))
-        if given.csv:
-            with given.csv.open("w", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
 
 
-def table(technique: str, points: list[dict[str, Any]]) -> Table:
-    """A row a recipe: the end of its training beside that of the study's recipe at the same windows."""
-    shown = Table(title=technique, box=None, header_style="bold", pad_edge=False)
-    shown.add_column("recipe")
-    for column in ("seconds", "× study", "calibration", "worst", "validation", "relative", "worst"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    ends = {(point["recipe"], point["window"]): point for point in points}
-    windows = list(dict.fromkeys(window for _, window in ends))
-    for recipe in dict.fromkeys(recipe for recipe, _ in ends):
-        pairs = [(ends[recipe, window], ends["study", window]) for window in windows]
-        cells = [f"{sum(own['seconds'] for own, _ in pairs):.1f}"]
+def test_table(rows: Rows, printed: Rows) -> None:
+    """A row a recipe: the end of its training and × what it is of the study's recipe's at the same windows."""
+    ends = {(row["technique"], row["recipe"], row["window"]): row for row in rows}
+    for technique, recipe in dict.fromkeys((technique, recipe) for technique, recipe, _ in ends):
+        windows = [window for *arm, window in ends if arm == [technique, recipe]]
+        pairs = [(ends[technique, recipe, it], ends[technique, "study", it]) for it in windows]
+        seconds = sum(own["seconds"] for own, _ in pairs)
+        row = {"technique": technique, "recipe": recipe, "seconds": seconds}
+        row["share"] = sum(own["floor_seconds"] for own, _ in pairs) / seconds
         for key in ("seconds", "calibration", "validation", "validation_relative"):
             ratios = [own[key] / study[key] for own, study in pairs]
-            cells.append(f"{(median if key == 'seconds' else mean)(ratios):.3f}")
+            row[f"{key.replace('validation_', '')}_×"] = (median if key == "seconds" else mean)(ratios)
             if key in ("calibration", "validation_relative"):
-                cells.append(f"{max(ratios):.3f}")
-        shown.add_row(recipe, *cells)
-    return shown
-
-
-if __name__ == "__main__":
-    main()
+                row["its_worst" if key == "calibration" else "worst"] = max(ratios)
+        printed.append(row)

@@ -2,16 +2,14 @@
 
 SmolLM2-135M, SparseGPT 50 %, 8 × 256 tokens of C4, through the real block loop, over the first blocks or all. All recipes
 of a technique start from the same weights and texts, and take turns window by window, each on a model of its own, so
-that other work on the machine disturbs them alike. Seconds are of processor time, of statistics, pruning and
-reconstruction, less those that the run without reconstruction (`none`) takes to prune. Rates are those that
-`step_sizes.py` fixed on validation text, on another calibration set. The CSV has a row a recipe and block.
+that other work on the machine disturbs them alike. Seconds are of statistics, pruning and
+reconstruction, less those that the run without reconstruction (`none`) takes to prune; their floor is the arithmetic of
+the training steps and of least squares. Rates are those that `bench_step_sizes.py` fixed on validation text, on another calibration
+set. The CSV has a row a recipe and block. An arm is a technique.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +17,9 @@ from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from machine import machine
-from recipes import STUDY, TECHNIQUES, ProcessorMeter, Recipe, loop_of, plan_for
-from rich.console import Console
-from rich.table import Table
+import pytest
+from recipes import STUDY, TECHNIQUES, Recipe, floor_of, loop_of, plan_for
+from timing import Measure, Rows
 
 from reprune.engine.loop import BlockLoop
 
@@ -44,54 +41,76 @@ FASTER: dict[str, list[Recipe]] = {
 
 NONE = Recipe("none", {"epochs": 0})
 STAGES = ("statistics", "pruning", "reconstruction")
+SECONDS = "seconds_of_all_blocks"
 
 
-def main() -> None:
-    """Run all recipes of each technique, print a table of each, write every row."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--techniques", nargs="+", default=list(TECHNIQUES), choices=TECHNIQUES)
-    parser.add_argument("--blocks", type=int, help="the first blocks alone")
-    parser.add_argument("--set", type=int, default=0, help="the calibration set")
-    parser.add_argument("--csv", type=Path, help="where every row is written")
-    parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args()
-    overrides = [f"calibration.set={given.set}", "probes.held_out.num_sequences=8", *given.overrides]
-    rows: list[dict[str, Any]] = []
-    console = Console(width=130 if not sys.stdout.isatty() else None, highlight=False)
-    console.print(machine(1))
-    for technique in given.techniques:
-        found = side_by_side(technique, given.blocks, overrides)
-        rows += [{"technique": technique, "set": given.set, **row, "machine": machine(1)} for row in found]
-        console.print(table(technique, found))
-        if given.csv:
-            with given.csv.open("w", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+SETTINGS = ("set", "first", "override")
+WARM_UP = False
 
 
-def side_by_side(technique: str, num_blocks: int | None, overrides: list[str]) -> list[dict[str, Any]]:
-    """A row a recipe and block: seconds so far, errors after it."""
+def arms(config: pytest.Config) -> list[str]:
+    """Techniques."""
+    return list(TECHNIQUES)
+
+
+def test_recipes(arm: str, measure: Measure, rows: Rows, kept: Rows, request: pytest.FixtureRequest) -> None:
+    """All recipes of one technique."""
+    given = request.config.getoption
+    overrides = [f"calibration.set={given('set')}", "probes.held_out.num_sequences=8", *given("override")]
+    found = measure(lambda: side_by_side(arm, given("first"), overrides))
+    for row in found:
+        rows.append({"technique": arm, **row})
+    kept += rows[-len(found) :]
+
+
+def test_table(rows: Rows, printed: Rows) -> None:
+    """A row a recipe: its seconds, and × what they and the errors are of the study's."""
+    by_recipe: dict[tuple[str, str], Rows] = {}
+    for row in rows:
+        by_recipe.setdefault((row["technique"], row["recipe"]), []).append(row)
+    for (technique, recipe), own in by_recipe.items():
+        last, study = own[-1], by_recipe[technique, "study"][-1]
+        times = {
+            f"{name}_×": last[key] / study[key]
+            for name, key in (("seconds", SECONDS), ("calibration", "calibration"), ("held-out", "held_out"))
+        }
+        printed.append(
+            {
+                "technique": technique,
+                "recipe": recipe,
+                "seconds": last[SECONDS],
+                "share": last["share"],
+                **times,
+                "relative": mean(row["calibration_relative"] for row in own),
+                "held-out_relative": mean(row["held_out_relative"] for row in own),
+            }
+        )
+
+
+def side_by_side(technique: str, num_blocks: int | None, overrides: list[str]) -> Rows:
+    """A row a recipe and block: seconds of all blocks, errors after it."""
     recipes = [NONE, Recipe("study", STUDY), *FASTER[technique]]
-    turns, rows = Turns(len(recipes)), []
+    turns, rows = Turns(len(recipes)), Rows()
     with TemporaryDirectory() as place:
         plan, loops = plan_for(technique, Path(place), overrides), []
         for number, recipe in enumerate(recipes):
             own, passing = Path(place) / str(number), turns.passing(number)
             loops.append(loop_of(BlockLoop, plan, recipe.of(plan.technique), num_blocks, own, passing))
         turns.run([loop.run for loop in loops])
-        pruning = {}
+        pruning: dict[str, float] = {}
         for recipe, loop in zip(recipes, loops, strict=True):
-            assert isinstance(loop.meter, ProcessorMeter)
-            total = sum(loop.meter.processor.get(stage, 0.0) for stage in STAGES)
+            total = sum(loop.meter.seconds.get(stage, 0.0) for stage in STAGES)
             pruning[recipe.name] = total
+            seconds = total - pruning["none"]
+            part = len(loop.model.blocks) / plan.shapes.num_blocks
             for row in loop._progress.rows:
                 after = {role: next(iter(texts.values())) for role, texts in row["after"].items()}
                 rows.append(
                     {
                         "recipe": recipe.name,
                         "block": row["block"],
-                        "seconds_of_all_blocks": round(total - pruning["none"], 2),
+                        SECONDS: seconds,
+                        "share": part * floor_of(recipe, plan) / seconds if seconds else None,
                         "calibration": after["calibration"]["error"],
                         "held_out": after["probe"]["error"],
                         "calibration_relative": after["calibration"]["relative"],
@@ -113,7 +132,6 @@ class Turns:
         """What loop `number` calls after each window."""
 
         def after_commit(*_: Any) -> None:
-            print(f"recipe {number}, a window", file=sys.stderr, flush=True)
             self._next(number)
             self.waiting[number].acquire()
 
@@ -145,38 +163,3 @@ class Turns:
             thread.join()
         if self.failed:
             raise self.failed[0]
-
-
-def table(technique: str, rows: list[dict[str, Any]]) -> Table:
-    """A row a recipe: its seconds and errors, and what they are of the study's."""
-    shown = Table(title=technique, box=None, header_style="bold", pad_edge=False)
-    shown.add_column("recipe")
-    columns = (
-        "seconds",
-        "× study",
-        "calibration",
-        "× study",
-        "held-out",
-        "× study",
-        "relative",
-        "relative, held-out",
-    )
-    for column in columns:
-        shown.add_column(column, justify="right", no_wrap=True)
-    by_recipe: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_recipe.setdefault(row["recipe"], []).append(row)
-    study = by_recipe["study"][-1]
-    for recipe, own in by_recipe.items():
-        cells = []
-        for key in ("seconds_of_all_blocks", "calibration", "held_out"):
-            cells += [f"{own[-1][key]:.4g}", f"{own[-1][key] / study[key]:.3f}"]
-        means = [
-            f"{mean(row[key] for row in own):.4f}" for key in ("calibration_relative", "held_out_relative")
-        ]
-        shown.add_row(recipe, *cells, *means)
-    return shown
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,16 @@
 """Peak memory of runs on a model of Llama-7B's shapes with random bfloat16 weights, 13 GB on disk; no network, no GPU.
 
-    python benchmarks/memory.py --folder DIR --csv experiments/results/memory_cpu.csv
+    .venv/bin/python -m pytest benchmarks/bench_memory.py --folder DIR --windows 4 --csv experiments/results/memory_cpu.csv
 
 The checkpoint is written into DIR once (seconds a block), then each arm is a process of its own: the whole model, or the
-first blocks of it, through the real run under `memory.host_limit`, with weights on disk until their turn. Printed are
+first blocks of it, through the real run under `memory.host_limit`, with weights on disk until their turn. Told are
 the peak of resident memory that the kernel counted for the process (mapped files included), the plan's estimate, and
-the time; of arms that end after some blocks also what the whole model would take at the same rate. The numbers that a
-random model gives mean nothing.
+the time; of arms that end after some blocks also what the whole model would take at the same rate. The floor of a
+block's time is the run's own arithmetic (`reprune.arithmetic`). The numbers that a random model gives mean nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import shutil
@@ -21,12 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pytest
 import torch
-from machine import machine
-from rich.console import Console
-from rich.table import Table
 from safetensors import safe_open
+from timing import Measure, Rows
 
 from reprune.engine.state import OPEN
 from reprune.files import read_json
@@ -41,38 +38,45 @@ ARMS: dict[str, tuple[int | None, str, list[str]]] = {
     "sparsegpt + br_gp, 4 blocks": (4, "6GiB", ["pruner=sparsegpt", "reconstruction=br_gp"]),
     "sparsegpt + br_gp_cr, 4 blocks": (4, "9GiB", ["pruner=sparsegpt", "reconstruction=br_gp_cr"]),
 }
+IN_BLOCKS = ("dense chain", "pruned chain", "statistics", "pruning", "measuring", "reconstruction")
+
+SETTINGS = ("windows", "length")
+WARM_UP = False
 
 
 class _EnoughError(Exception):
     """Enough windows were measured."""
 
 
-def main() -> None:
-    """Write the checkpoint, run the arms, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="where checkpoint and runs go: 30 GB")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
-    parser.add_argument("--sequences", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--arm", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.arm is not None:
-        print(json.dumps(run_arm(given)))
-        return
-    write_checkpoint(given.folder / "llama_7b")
-    rows = []
-    for arm in given.arms:
-        command = [sys.executable, __file__, "--folder", str(given.folder), "--arm", arm]
-        command += [f"--{name}={getattr(given, name)}" for name in ("sequences", "length", "threads")]
-        told = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-        rows.append(json.loads(told.splitlines()[-1]))
-        frame = pd.DataFrame(rows).assign(machine=machine(given.threads))
-        if given.csv is not None:
-            # After each, since an arm takes many minutes.
-            frame.to_csv(given.csv, index=False)
-    show(frame, given)
+def arms(config: pytest.Config) -> list[str]:
+    """Runs."""
+    return list(ARMS)
+
+
+@pytest.fixture(scope="module")
+def folder(request: pytest.FixtureRequest) -> Path:
+    """Where the checkpoint is."""
+    found: Path | None = request.config.getoption("folder")
+    if found is None:
+        raise pytest.UsageError("--folder=DIR is needed: checkpoint and runs take 30 GB")
+    write_checkpoint(found / "llama_7b")
+    return found.resolve()
+
+
+def test_run(
+    arm: str, folder: Path, measure: Measure, rows: Rows, kept: Rows, request: pytest.FixtureRequest
+) -> None:
+    """One run in a process of its own, whose peak no other run has raised."""
+    numbers = [request.config.getoption(name) for name in ("windows", "length", "threads")]
+    command = [sys.executable, __file__, arm, str(folder), *map(str, numbers)]
+    done = measure(lambda: subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True))
+    rows.append(json.loads(done.stdout.splitlines()[-1]))
+    kept.append(rows[-1])
+
+
+def test_table(rows: Rows, printed: Rows) -> None:
+    """All of them."""
+    printed += rows
 
 
 def write_checkpoint(folder: Path) -> None:
@@ -132,14 +136,15 @@ def _random(name: str, number: int, rows: int, columns: int) -> torch.Tensor:
     return (torch.randn(rows, columns, generator=stream) / columns**0.5).to(torch.bfloat16)
 
 
-def run_arm(given: argparse.Namespace) -> dict[str, Any]:
-    """One run in this process: what it took, beside what was planned."""
+def run_arm(arm: str, folder: Path, windows: int, length: int, threads: int) -> dict[str, Any]:
+    """One run in this process: what it took, beside what was planned and what cannot be spared."""
+    from reprune.arithmetic import FLOOR, guessed_stages
     from reprune.check import check
     from reprune.compose import compose_run
     from reprune.pipeline import run
 
-    num_blocks, limit, overrides = ARMS[given.arm]
-    out = given.folder / "runs"
+    num_blocks, limit, overrides = ARMS[arm]
+    out = folder / "runs"
     shutil.rmtree(out, ignore_errors=True)
     if "reconstruction=none" not in overrides:
         overrides = [*overrides, "reconstruction.epochs=1"]
@@ -147,17 +152,17 @@ def run_arm(given: argparse.Namespace) -> dict[str, Any]:
         compose_run(
             [
                 "model=local",
-                f"model.path={given.folder / 'llama_7b'}",
+                f"model.path={folder / 'llama_7b'}",
                 *COMMON,
                 *overrides,
                 "dtype=bfloat16",
                 "device=cpu",
-                f"threads={given.threads}",
+                f"threads={threads}",
                 "sparsity=0.5",
                 "memory.weights=disk",
                 f"memory.host_limit={limit}",
-                f"calibration.num_sequences={given.sequences}",
-                f"calibration.length={given.length}",
+                f"calibration.num_sequences={windows}",
+                f"calibration.length={length}",
                 *(f"~calibration@probes.{name}" for name in ("held_out", "wiki", "code")),
                 f"output_dir={out}",
             ]
@@ -184,36 +189,21 @@ def run_arm(given: argparse.Namespace) -> dict[str, Any]:
         measured = json.loads(stream.metadata()["measured"])["peak_bytes"]
     peak = max(measured.values())
     shutil.rmtree(out)
+    floor = guessed_stages(plan, FLOOR)
     return {
-        "arm": given.arm,
+        "arm": arm,
         "limit_gib": float(limit.removesuffix("GiB")),
         "peak_gib": peak / 2**30,
         "planned_gib": plan.memory.host / 2**30,
-        "tokens": given.sequences * given.length,
         "blocks": done,
         "seconds": seconds,
         "seconds_a_block": in_blocks / done,
-        "whole_model_seconds": seconds + in_blocks * (BLOCKS - done) / done,
+        "share": sum(floor[stage] for stage in IN_BLOCKS) / BLOCKS / (in_blocks / done),
+        "whole_model_hours": (seconds + in_blocks * (BLOCKS - done) / done) / 3600,
         "written_gb": written / 1e9,
-        "command": "python benchmarks/memory.py --folder DIR",
     }
 
 
-def show(frame: pd.DataFrame, given: argparse.Namespace) -> None:
-    """The table in words."""
-    console = Console(width=150 if not sys.stdout.isatty() else None, highlight=False)
-    console.print(machine(given.threads))
-    console.print(f"Llama-7B's shapes, bfloat16, {given.sequences} × {given.length} tokens, one epoch")
-    table = Table(box=None, pad_edge=False)
-    for name in ("arm", "limit GiB", "peak GiB", "planned GiB", "s a block", "whole model, h", "written GB"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
-    for row in frame.itertuples():
-        table.add_row(
-            row.arm, f"{row.limit_gib:g}", f"{row.peak_gib:.2f}", f"{row.planned_gib:.2f}",
-            f"{row.seconds_a_block:.1f}", f"{row.whole_model_seconds / 3600:.2f}", f"{row.written_gb:.1f}",
-        )  # fmt: skip
-    console.print(table)
-
-
 if __name__ == "__main__":
-    main()
+    arm, folder, *numbers = sys.argv[1:]
+    print(json.dumps(run_arm(arm, Path(folder), *map(int, numbers))))

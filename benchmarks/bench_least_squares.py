@@ -9,32 +9,27 @@ after the other, all rows of the layer, float32:
     SparseGPT    the weights that its sweep leaves
     ADMM, 20     20 iterations, ρ = 1, H scaled to unit diagonal (Boža, 2024, arXiv 2401.02938), one factorisation
 
-Printed is the excess, the share of the recoverable error that is left: (E(ŵ) − E*) / (E(m⊙w) − E*) with E(ŵ) =
-(ŵ − w)ᵀ H (ŵ − w) in float64, summed over a layer's rows, and E* its minimum on that mask. 0 is optimal, 100 % is the
+Told is the excess, what is left of the recoverable error: (E(ŵ) − E*) / (E(m⊙w) − E*) with E(ŵ) =
+(ŵ − w)ᵀ H (ŵ − w) in float64, summed over a layer's rows, and E* its minimum on that mask. 0 is optimal, 1 is the
 mask alone. Median and worst are over the layers of a shape, seconds their median: CG with W H, ADMM with its
 factorisation, SparseGPT with its factorisation and with choosing the mask. E* takes a Cholesky factorisation a row, so
-in layers with many inputs all energies are those of a sample of rows.
+in layers with many inputs all energies are those of a sample of rows. An arm is a sparsity: its layers one after the
+other. The floor of a solver is its products with H at the rate of a bare W H, and its factorisations, by their
+operations, at that of a bare H H, both measured beside it.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import pandas as pd
+import pytest
 import torch
-from machine import machine
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from timing import Measure, Rows
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from reprune.check import check
 from reprune.compose import compose_run
@@ -54,59 +49,68 @@ SPARSITIES: dict[str, tuple[Pattern, float]] = {
     "70 %": (Unstructured(), 0.7),
     "2:4": (KeptOfGroup(kept=2, group=4), 0.5),
 }
-ARMS = ("CG, 20", "CG, tol", "SparseGPT", "ADMM, 20")
+CG_20, CG, SWEEP, ADMM_20 = "CG, 20", "CG, tol", "SparseGPT", "ADMM, 20"
+ROWS = 48
+"""Rows of a layer that are compared where it has more than WIDE inputs."""
 Layers = dict[str, tuple[Tensor, InputStatistics]]
 Result = TypeVar("Result")
 
-
-def main() -> None:
-    """Collect, solve, print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", default="smollm2_135m", help="an option of the group `model`")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[0, 10, 20, 29])
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rows", type=int, default=48, help=f"rows compared where d_in > {WIDE}")
-    parser.add_argument("--csv", type=Path, help="where a row a layer, sparsity and arm is written")
-    given = parser.parse_args()
-    layers = collect(given.model, given.blocks, given.sequences, given.length)
-    found: dict[tuple[str, tuple[int, ...]], list[dict[str, tuple[float, float, int]]]] = {}
-    rows: list[dict[str, object]] = []
-    for sparsity in SPARSITIES:
-        for name, (weight, statistics) in layers.items():
-            print(f"{sparsity} {name}", file=sys.stderr)
-            shape = tuple(weight.shape)
-            result = compare(name, weight, statistics, *SPARSITIES[sparsity], given.rows)
-            found.setdefault((sparsity, shape), []).append(result)
-            rows += [
-                {
-                    "sparsity": sparsity,
-                    "layer": name,
-                    "d_out": shape[0],
-                    "d_in": shape[1],
-                    "arm": arm,
-                    "excess": excess,
-                    "iterations": iterations,
-                    "seconds": seconds,
-                }
-                for arm, (excess, seconds, iterations) in result.items()
-            ]
-    console = Console(width=150 if not sys.stdout.isatty() else None, highlight=False)
-    console.print(machine(torch.get_num_threads()))
-    console.print(
-        f"{given.model}, blocks {given.blocks}, {given.sequences} × {given.length} tokens; excess in %, "
-        f"{given.rows} rows of a layer compared where d_in > {WIDE}, else all"
-    )
-    console.print(table(found))
-    if given.csv is not None:
-        told = {"model": given.model, "sequences": given.sequences, "length": given.length}
-        frame = pd.DataFrame(rows).assign(**told, machine=machine(torch.get_num_threads()))
-        frame.to_csv(given.csv, index=False)
+SETTINGS = ("model", "blocks", "windows", "length")
+WARM_UP = False
 
 
-def collect(model_name: str, blocks: list[int], sequences: int, length: int) -> Layers:
+def arms(config: pytest.Config) -> list[str]:
+    """Sparsities of the masks."""
+    return list(SPARSITIES)
+
+
+@pytest.fixture(scope="module")
+def layers(request: pytest.FixtureRequest) -> Layers:
+    """The layers of the blocks asked for."""
+    given = request.config.getoption
+    return collect(given("model"), given("blocks"), given("windows"), given("length"), given("threads"))
+
+
+def test_solvers(arm: str, number: int, layers: Layers, measure: Measure, rows: Rows, kept: Rows) -> None:
+    """All layers at one sparsity."""
+    pattern, sparsity = SPARSITIES[arm]
+
+    def work() -> Rows:
+        return [
+            {"sparsity": arm, "layer": name, "d_out": len(weight), "d_in": weight.shape[1], **row}
+            for name, (weight, statistics) in layers.items()
+            for row in compare(name, weight, statistics, pattern, sparsity, ROWS)
+        ]
+
+    found = measure(work)
+    rows += found
+    kept += found
+
+
+def test_table(rows: Rows, printed: Rows) -> None:
+    """Over the layers of a shape: median and worst excess, medians of seconds and shares."""
+    shapes: dict[tuple[Any, ...], Rows] = {}
+    for row in rows:
+        key = (row["sparsity"], f"{row['d_out']} × {row['d_in']}", row["solver"])
+        shapes.setdefault(key, []).append(row)
+    for (sparsity, shape, solver), own in shapes.items():
+        excess, steps = [row["excess"] for row in own], [row["iterations"] for row in own]
+        printed.append(
+            {
+                "sparsity": sparsity,
+                "d_out × d_in": shape,
+                "solver": solver,
+                "left_%_median": f"{100 * median(excess):.2f}",
+                "worst": f"{100 * max(excess):.2f}",
+                "iterations": f"{min(steps)}–{max(steps)}",
+                "seconds": median(row["seconds"] for row in own),
+                "share": median(row["share"] for row in own),
+            }
+        )
+
+
+def collect(model_name: str, blocks: list[int], sequences: int, length: int, threads: int) -> Layers:
     """Dense weight float32 [d_out, d_in] and input statistics of every linear layer of `blocks`."""
-    transformers_logging.disable_progress_bar()
     with TemporaryDirectory() as folder:
         plan = check(
             compose_run(
@@ -119,6 +123,7 @@ def collect(model_name: str, blocks: list[int], sequences: int, length: int) -> 
                     "tracking=jsonl",
                     "dtype=float32",
                     "device=cpu",
+                    f"threads={threads}",
                     *(f"~calibration@probes.{name}" for name in ("held_out", "wiki", "code")),
                     f"output_dir={folder}",
                 ]
@@ -136,8 +141,8 @@ def collect(model_name: str, blocks: list[int], sequences: int, length: int) -> 
 
 def compare(
     name: str, weight: Tensor, statistics: InputStatistics, pattern: Pattern, sparsity: float, num_rows: int
-) -> dict[str, tuple[float, float, int]]:
-    """By arm: excess, seconds and iterations on SparseGPT's mask."""
+) -> Rows:
+    """A row a solver: excess, seconds, share of the floor and iterations on SparseGPT's mask."""
     assert statistics.gram is not None
     # Without the factor that layers with the same input share, so that each is charged for it.
     own = InputStatistics(
@@ -178,12 +183,26 @@ def compare(
     def excess(candidate: Tensor) -> float:
         return (total(candidate) - best) / recoverable
 
-    return {
-        "CG, 20": (excess(twenty.weight), twenty_seconds, twenty.iterations),
-        "CG, tol": (excess(tolerance.weight), tolerance_seconds, tolerance.iterations),
-        "SparseGPT": (excess(pruned.weight), sweep_seconds, 1),
-        "ADMM, 20": (excess(split), split_seconds, 20),
-    }
+    # Thrice, since the first touches its memory.
+    passes = min(timed(lambda: weight @ hessian)[1] for _ in range(3))
+    square = min(timed(lambda: hessian @ hessian)[1] for _ in range(3))
+    # Cholesky takes a sixth of a square product's operations, an inverse from it two more; the sweep half a W H.
+    found = (
+        (CG_20, twenty.weight, twenty_seconds, twenty.iterations, (twenty.iterations + 1) * passes),
+        (CG, tolerance.weight, tolerance_seconds, tolerance.iterations, (tolerance.iterations + 1) * passes),
+        (SWEEP, pruned.weight, sweep_seconds, 1, square / 6 + passes / 2),
+        (ADMM_20, split, split_seconds, 20, square / 2 + 21 * passes),
+    )
+    return [
+        {
+            "solver": solver,
+            "excess": excess(solved),
+            "iterations": iterations,
+            "seconds": seconds,
+            "share": floor / seconds,
+        }
+        for solver, solved, seconds, iterations, floor in found
+    ]
 
 
 def admm(
@@ -209,28 +228,3 @@ def timed(work: Callable[[], Result]) -> tuple[Result, float]:
     start = time.perf_counter()
     result = work()
     return result, time.perf_counter() - start
-
-
-def table(found: dict[tuple[str, tuple[int, ...]], list[dict[str, tuple[float, float, int]]]]) -> Table:
-    """A row for each sparsity and shape."""
-    shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
-    for column in ("sparsity", "d_out × d_in", "layers"):
-        shown.add_column(f"\n{column}", justify="left" if column == "sparsity" else "right", no_wrap=True)
-    for arm in ARMS:
-        for column in ("median", "worst", *(("steps",) if arm == "CG, tol" else ()), "s"):
-            heading = arm if column == "median" else ""
-            shown.add_column(f"{heading}\n{column}", justify="right", no_wrap=True)
-    for (sparsity, shape), results in found.items():
-        cells = [sparsity, " × ".join(map(str, shape)), str(len(results))]
-        for arm in ARMS:
-            shares, seconds, iterations = zip(*(result[arm] for result in results), strict=True)
-            cells += [f"{100 * median(shares):.2f}", f"{100 * max(shares):.2f}"]
-            if arm == "CG, tol":
-                cells.append(f"{min(iterations)}–{max(iterations)}")
-            cells.append(f"{median(seconds):.2f}")
-        shown.add_row(*cells)
-    return shown
-
-
-if __name__ == "__main__":
-    main()
