@@ -251,18 +251,34 @@ def test_a_run_that_needs_its_whole_model() -> None:
     ("asked", "key"),
     [
         ({"host_limit": "2.9GiB"}, "memory.host_limit"),
-        ({"host_limit": "6"}, "memory.host_limit"),
-        ({"host_limit": "0GiB"}, "memory.host_limit"),
-        ({"weights": "tape"}, "memory.weights"),
-        ({"activations": "tape"}, "memory.activations"),
         ({"device_limit": "8GiB"}, "memory.device_limit"),
     ],
 )
 def test_wrong_limits_are_refused(asked: dict[str, str], key: str) -> None:
-    """Catches limits that are none, that no plan keeps, and that nothing would heed."""
+    """Catches limits that no plan keeps, and that nothing would heed."""
     with pytest.raises(ConfigError) as refused:
         plan_memory(_asked(**asked), SIZES, None, "cpu")
     assert refused.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("host_limit", "6"),
+        ("host_limit", "0GiB"),
+        ("device_limit", "abc"),
+        ("weights", "tape"),
+        ("activations", "tape"),
+    ],
+)
+def test_words_that_are_none_are_refused_before_a_tokenizer_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, word: str
+) -> None:
+    """Catches amounts and places that are none, told after seconds of work."""
+    monkeypatch.delattr("reprune.check.load_tokenizer")
+    with pytest.raises(ConfigError) as refused:
+        plan_of(tmp_path, f"memory.{name}={word}")
+    assert refused.value.key == f"memory.{name}"
 
 
 def test_a_device_without_room_is_told_before_the_run() -> None:

@@ -312,7 +312,9 @@ def test_dry_run_tells_what_stays_dense(tmp_path: Path) -> None:
     assert "2 of 21 layers; the others stay dense" in part
     assert "2 × mlp.down_proj [32 × 64]" in part
     assert "q_proj" not in part
+    assert "by sparsegpt, unstructured, uniform" in part
     assert "stay dense" not in shown()
+    assert "by wanda, dsnot, 2to4, uniform" in shown("pruner=wanda", "refine=dsnot", "pattern=2to4")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from reprune.errors import ConfigError, require_nonnegative
 from reprune.evaluation.suite import SuiteEntry, check_suite, described_tokenizer
 from reprune.fit_checks import check_experts, check_new_biases, check_stop_on, needs_whole_model
 from reprune.identity import canonical, schedule_identity, technique_identity, transform_identity
-from reprune.memory import plan_memory
+from reprune.memory import check_words, plan_memory
 from reprune.model.checkpoint import ModelSource
 from reprune.model.description import dtype_of, load_tokenizer
 from reprune.model.device import plan_device
@@ -88,6 +88,7 @@ def check(composed: Composed, *, here: bool = True, ranks: Ranks = ALONE) -> Run
             "max_overlap", "is a share of the calibration windows", value=config["max_overlap"],
             accepted="0 (none, the default) to 1",
         )  # fmt: skip
+    check_words(config["memory"])
     _check_writable(Path(config["output_dir"]))
     device = plan_device(
         config["device"], config["dtype"], dtype_of(source), config["threads"], here=here, ranks=ranks

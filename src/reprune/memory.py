@@ -38,17 +38,13 @@ def plan_memory(
     """The first of: all in memory, weights on disk, activations on disk, both, that stays below the limit.
 
     The limit is `memory.host_limit`, else what is free now. `bound` says why blocks cannot be read one at a time, None
-    where they can; `shared` activations are files that several processes have mapped. Raises ConfigError for a limit or place that is none, and where the limit that was asked for is too
-    low; whether there is room where none was asked for is for `check_room` to say.
+    where they can; `shared` activations are files that several processes have mapped. What is asked for has passed
+    `check_words`. Raises ConfigError where the limit that was asked for is too low; whether there is room where
+    none was asked for is for `check_room` to say.
     """
     host_limit = parse_size(asked["host_limit"], "memory.host_limit")
     device_limit = parse_size(asked["device_limit"], "memory.device_limit")
     _check_device(device_limit, asked["device_limit"], sizes, device)
-    for name in ("weights", "activations"):
-        if asked[name] not in ("auto", *PLACES):
-            raise ConfigError(
-                f"memory.{name}", "no such place", value=asked[name], accepted=["auto", *PLACES]
-            )
     if asked["weights"] == "disk" and bound is not None:
         raise ConfigError("memory.weights", f"{bound} needs the whole model in memory", value="disk", accepted=["auto", "memory"])  # fmt: skip
     if shared and asked["activations"] == "memory":
@@ -78,6 +74,17 @@ def plan_memory(
             hint="raise it, or use a smaller window, fewer or shorter sequences, dtype=bfloat16",
         )  # fmt: skip
     return plans[-1]
+
+
+def check_words(asked: Mapping[str, Any]) -> None:
+    """ConfigError for an amount or a place that is none, whatever the run."""
+    for name in ("host_limit", "device_limit"):
+        parse_size(asked[name], f"memory.{name}")
+    for name in ("weights", "activations"):
+        if asked[name] not in ("auto", *PLACES):
+            raise ConfigError(
+                f"memory.{name}", "no such place", value=asked[name], accepted=["auto", *PLACES]
+            )
 
 
 def _room(sizes: Sizes, weights: str, activations: str) -> tuple[int, int]:
