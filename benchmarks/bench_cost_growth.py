@@ -1,11 +1,10 @@
 """How seconds grow with tokens, hidden size, blocks and window: by stage, beside what `dry_run` guesses.
 
-Whole runs of a random model on random tokens through the real pipeline, one process, one thread: Wanda and SparseGPT ×
+Whole runs of a random model on random tokens through the real pipeline, one process: Wanda and SparseGPT ×
 none, br_gp and br_gp_cr. One dimension at a time leaves the middle (`BASE`). Printed are growth exponents, slopes of log
 seconds over log size fitted to the sizes of a dimension: of all of them, and of the largest two alone, since small sizes are
 all overhead; the median over the arms that have the stage. Then how many times the guess a run took, and the share of its
-floor that it reached, by arithmetic (`reprune.arithmetic.FLOOR`), from the smallest to the largest size. Every run is a row of
-the CSV; of several rounds the least seconds of a stage are. With --benchmark-timer=time.process_time all clocks are of
+floor (`floors.floors_of`) that the work on blocks reached, from the smallest to the largest size. Every run is a row of the CSV. With --benchmark-timer=time.process_time all clocks are of
 processor time, which other work on the machine disturbs least, and which on one thread is what an idle machine takes but
 for waiting for a disk.
 """
@@ -19,10 +18,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-import torch
+from floors import floors_of
 from timing import Measure, Rows
 
-from reprune.arithmetic import FLOOR, guessed_stages, product_rate
+from reprune.arithmetic import guessed_stages
 from reprune.check import check
 from reprune.compose import compose_run
 from reprune.pipeline import run
@@ -42,15 +41,9 @@ LEAST = 0.002
 
 
 SETTINGS = ()
-WARM_UP = False
+ONE_ROUND = True
 
 
-def arms(config: pytest.Config) -> list[str]:
-    """Sizes of a dimension × pruners × techniques; before them one run that loads what all others find loaded."""
-    return [FIRST, *POINTS]
-
-
-FIRST = "first"
 POINTS = {
     f"{dimension} {size} {pruner} {technique}": (dimension, size, pruner, technique)
     for dimension, sizes in SIZES.items()
@@ -60,30 +53,25 @@ POINTS = {
 }
 
 
+def arms(config: pytest.Config) -> list[str]:
+    """Sizes of a dimension × pruners × techniques."""
+    return list(POINTS)
+
+
 @pytest.fixture(scope="module")
-def found() -> dict[str, list[Measured]]:
-    """What each run took in every round, beside what was guessed and what cannot be spared."""
-    return {}
+def begun(request: pytest.FixtureRequest) -> None:
+    """A run has loaded what all others find loaded."""
+    measured(PRUNERS[0], TECHNIQUES[0], BASE, request.config.getoption("threads"))
 
 
-def test_run(arm: str, measure: Measure, found: dict[str, list[Measured]]) -> None:
+@pytest.mark.usefixtures("begun")
+def test_run(arm: str, measure: Measure, rows: Rows, kept: Rows, request: pytest.FixtureRequest) -> None:
     """One run."""
-    if arm == FIRST:
-        measure(lambda: measured(PRUNERS[0], TECHNIQUES[0], BASE))
-        return
     dimension, size, pruner, technique = POINTS[arm]
-    took = measure(lambda: measured(pruner, technique, {**BASE, dimension: size}))
-    found.setdefault(arm, []).append(took)
-
-
-def test_rows(found: dict[str, list[Measured]], rows: Rows, kept: Rows) -> None:
-    """What the rounds come to."""
-    rate = product_rate(torch.device("cpu"), torch.float32, 1)
-    for arm, rounds in found.items():
-        dimension, size, pruner, technique = POINTS[arm]
-        row = {"dimension": dimension, "size": size, "pruner": pruner, "technique": technique}
-        rows.append({**row, **sums(rounds), "product_gflops": rate / 1e9})
-    kept += rows
+    row = {"dimension": dimension, "size": size, "pruner": pruner, "technique": technique}
+    sizes, threads = {**BASE, dimension: size}, request.config.getoption("threads")
+    rows.append({**row, **measure(lambda: measured(pruner, technique, sizes, threads))})
+    kept.append(rows[-1])
 
 
 def test_exponents(rows: Rows, printed: Rows) -> None:
@@ -101,26 +89,8 @@ def test_shares(rows: Rows, printed: Rows) -> None:
     printed += by_size(rows, "share", "share")
 
 
-Measured = tuple[dict[str, float], dict[str, float], float]
-"""Seconds of a run by stage, those guessed, and the floor of all of it."""
-
-
-def sums(rounds: list[Measured]) -> dict[str, float]:
-    """Seconds and guessed seconds of one run done several times, in all and by stage."""
-    stages = {stage: min(seconds[stage] for seconds, _, _ in rounds) for stage in rounds[0][0]}
-    took, guess = sum(stages.values()), sum(rounds[0][1].values())
-    return {
-        "seconds": took,
-        "guessed_seconds": guess,
-        "off": took / guess,
-        "share": rounds[0][2] / took,
-        **{f"seconds/{stage}": value for stage, value in stages.items()},
-        **{f"guessed/{stage}": value for stage, value in rounds[0][1].items()},
-    }
-
-
-def measured(pruner: str, technique: str, sizes: dict[str, int]) -> Measured:
-    """One run."""
+def measured(pruner: str, technique: str, sizes: dict[str, int], threads: int) -> dict[str, float]:
+    """Seconds and guessed seconds of one run, in all and by stage, and the share of its floor that its work on blocks reached."""
     sequences = sizes["tokens"] // LENGTH
     # CR is window 2, stride 1.
     window = [f"reconstruction.window={sizes['window']}", "reconstruction.stride=1"]
@@ -144,14 +114,22 @@ def measured(pruner: str, technique: str, sizes: dict[str, int]) -> Measured:
                     *(window if technique == "br_gp" else []),
                     "evaluation=none",
                     "tracking=jsonl",
-                    "threads=1",
+                    f"threads={threads}",
                     "device=cpu",
                     f"output_dir={place}",
                 ]
             )
         )
-        floor = sum(guessed_stages(plan, FLOOR).values())
-        return dict(run(plan)["seconds"]), guessed_stages(plan), floor
+        stages, guesses, floors = dict(run(plan)["seconds"]), guessed_stages(plan), floors_of(plan)
+    took, guess = sum(stages.values()), sum(guesses.values())
+    return {
+        "seconds": took,
+        "guessed_seconds": guess,
+        "off": took / guess,
+        "share": sum(floors.values()) / sum(stages.get(stage, 0) for stage in floors),
+        **{f"seconds/{stage}": value for stage, value in stages.items()},
+        **{f"guessed/{stage}": value for stage, value in guesses.items()},
+    }
 
 
 def exponents(rows: Rows) -> Rows:

@@ -56,7 +56,7 @@ Layers = dict[str, tuple[Tensor, InputStatistics]]
 Result = TypeVar("Result")
 
 SETTINGS = ("model", "blocks", "windows", "length")
-WARM_UP = False
+ONE_ROUND = True
 
 
 def arms(config: pytest.Config) -> list[str]:
@@ -71,7 +71,7 @@ def layers(request: pytest.FixtureRequest) -> Layers:
     return collect(given("model"), given("blocks"), given("windows"), given("length"), given("threads"))
 
 
-def test_solvers(arm: str, number: int, layers: Layers, measure: Measure, rows: Rows, kept: Rows) -> None:
+def test_solvers(arm: str, layers: Layers, measure: Measure, rows: Rows, kept: Rows) -> None:
     """All layers at one sparsity."""
     pattern, sparsity = SPARSITIES[arm]
 

@@ -6,7 +6,7 @@ The checkpoint is written into DIR once (seconds a block), then each arm is a pr
 first blocks of it, through the real run under `memory.host_limit`, with weights on disk until their turn. Told are
 the peak of resident memory that the kernel counted for the process (mapped files included), the plan's estimate, and
 the time; of arms that end after some blocks also what the whole model would take at the same rate. The floor of a
-block's time is the run's own arithmetic (`reprune.arithmetic`). The numbers that a random model gives mean nothing.
+block's time is the run's own arithmetic at the rate of bare products. The numbers that a random model gives mean nothing.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from typing import Any
 
 import pytest
 import torch
+from floors import floors_of
 from safetensors import safe_open
 from timing import Measure, Rows
 
 from reprune.engine.state import OPEN
+from reprune.engine.windows import windows_over
 from reprune.files import read_json
 from reprune.model.tiny import TinyModel
+from reprune.operations import Visits
 from reprune.seeding import generator
 from reprune.tensor_files import write_tensors
 
@@ -38,10 +41,10 @@ ARMS: dict[str, tuple[int | None, str, list[str]]] = {
     "sparsegpt + br_gp, 4 blocks": (4, "6GiB", ["pruner=sparsegpt", "reconstruction=br_gp"]),
     "sparsegpt + br_gp_cr, 4 blocks": (4, "9GiB", ["pruner=sparsegpt", "reconstruction=br_gp_cr"]),
 }
-IN_BLOCKS = ("dense chain", "pruned chain", "statistics", "pruning", "measuring", "reconstruction")
 
 SETTINGS = ("windows", "length")
-WARM_UP = False
+ONE_ROUND = True
+CHILDREN = True
 
 
 class _EnoughError(Exception):
@@ -138,7 +141,6 @@ def _random(name: str, number: int, rows: int, columns: int) -> torch.Tensor:
 
 def run_arm(arm: str, folder: Path, windows: int, length: int, threads: int) -> dict[str, Any]:
     """One run in this process: what it took, beside what was planned and what cannot be spared."""
-    from reprune.arithmetic import FLOOR, guessed_stages
     from reprune.check import check
     from reprune.compose import compose_run
     from reprune.pipeline import run
@@ -189,7 +191,12 @@ def run_arm(arm: str, folder: Path, windows: int, length: int, threads: int) -> 
         measured = json.loads(stream.metadata()["measured"])["peak_bytes"]
     peak = max(measured.values())
     shutil.rmtree(out)
-    floor = guessed_stages(plan, FLOOR)
+    floors = floors_of(plan)
+    training = floors.pop("reconstruction")
+    if plan.technique.trains:
+        windows = windows_over(BLOCKS, plan.technique.window, plan.technique.stride)[:done]
+        training *= sum(window.stop - window.first for window in windows) / Visits.of(plan).trained
+    floor = training + sum(floors.values()) * done / BLOCKS
     return {
         "arm": arm,
         "limit_gib": float(limit.removesuffix("GiB")),
@@ -198,7 +205,7 @@ def run_arm(arm: str, folder: Path, windows: int, length: int, threads: int) -> 
         "blocks": done,
         "seconds": seconds,
         "seconds_a_block": in_blocks / done,
-        "share": sum(floor[stage] for stage in IN_BLOCKS) / BLOCKS / (in_blocks / done),
+        "share": floor / in_blocks,
         "whole_model_hours": (seconds + in_blocks * (BLOCKS - done) / done) / 3600,
         "written_gb": written / 1e9,
     }

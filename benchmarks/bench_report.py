@@ -40,6 +40,7 @@ for run in Path(sys.argv[1]).iterdir():
 """
 
 SETTINGS = ("runs",)
+CHILDREN = True
 
 
 def arms(config: pytest.Config) -> list[str]:

@@ -38,7 +38,8 @@ WAYS = {"alone": "alone", "shared": "shared", "all there": "shared"}
 POINTS = {f"{pruner} {technique}": (pruner, technique) for pruner, technique in product(PRUNERS, TECHNIQUES)}
 
 SETTINGS = ("override",)
-WARM_UP = False
+ONE_ROUND = True
+CHILDREN = True
 
 
 def arms(config: pytest.Config) -> list[str]:
@@ -59,7 +60,8 @@ def test_point(
     pruner, technique = POINTS[arm]
     point = [f"pruner={pruner}", f"reconstruction={technique}"]
     point += ["reconstruction.epochs=0"] if technique == "none" else []
-    overrides = [*SMALL, *request.config.getoption("override"), *point]
+    given = request.config.getoption
+    overrides = [*SMALL, f"threads={given('threads')}", *given("override"), *point]
     numbers: list[dict[str, float]] = []
 
     def work() -> dict[str, Any]:

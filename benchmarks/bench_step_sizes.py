@@ -49,10 +49,14 @@ def recipes() -> list[Recipe]:
 
 @dataclass
 class Trying(BlockLoop):
-    """A loop that tries recipes at some windows before it trains them; `points` are what came of it."""
+    """A loop that tries recipes at some windows before it trains them; `points` are what came of it.
+
+    `floors` are the seconds that fitting one block by a recipe cannot do without.
+    """
 
     recipes: list[Recipe] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
+    floors: dict[str, float] = field(default_factory=dict)
     points: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -85,7 +89,6 @@ class Trying(BlockLoop):
                 {
                     "recipe": recipe.name,
                     "window": window.index,
-                    "blocks": window.stop - window.first,
                     "steps": steps,
                     "seconds": clock.seconds,
                     **self._errors_of(chains, window),
@@ -116,6 +119,7 @@ class Trying(BlockLoop):
             on_step=step,
             thinned=self.pruning.thinned(window.first),
         ).run()
+        points[-1]["floor_seconds"] = self.floors[recipe.name] * (window.stop - window.first)
         return points
 
     def _solve(self, chains: Chains, window: BlockWindow, recipe: Recipe, clock: _Clock) -> None:
@@ -168,7 +172,7 @@ class _Clock:
 SET = 11
 """The calibration set."""
 SETTINGS = ("windows_tried", "override")
-WARM_UP = False
+ONE_ROUND = True
 
 
 def arms(config: pytest.Config) -> list[str]:
@@ -181,7 +185,7 @@ def test_recipes(arm: str, measure: Measure, rows: Rows, kept: Rows, request: py
     given = request.config.getoption
     validation = ["~calibration@probes.held_out", "+calibration@validation.web=web"]
     validation += ["validation.web.num_sequences=8"]
-    overrides = [f"calibration.set={SET}", *validation, *given("override")]
+    overrides = [f"calibration.set={SET}", f"threads={given('threads')}", *validation, *given("override")]
     found = measure(lambda: tried(arm, given("windows_tried"), overrides))
     rows += found
     kept += found
@@ -192,15 +196,12 @@ def tried(technique: str, windows: list[int], overrides: list[str]) -> Rows:
     with TemporaryDirectory() as place:
         plan = plan_for(technique, Path(place), overrides)
         floors = {recipe.name: floor_of(recipe, plan) / Visits.of(plan).trained for recipe in recipes()}
-        own = {"recipes": recipes(), "windows": windows}
+        own = {"recipes": recipes(), "windows": windows, "floors": floors}
         chain = CHAIN.of(plan.technique)
         loop = loop_of(Trying, plan, chain, max(windows) + 2, Path(place), lambda *_: None, **own)
         loop.run()
         assert isinstance(loop, Trying)
-    return [
-        {"technique": technique, **point, "floor_seconds": point.pop("blocks") * floors[point["recipe"]]}
-        for point in loop.points
-    ]
+    return [{"technique": technique, **point} for point in loop.points]
 
 
 def test_table(rows: Rows, printed: Rows) -> None:

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from recipes import STUDY, TECHNIQUES, Recipe, floor_of, loop_of, plan_for
+from recipes import NOTHING, STUDY, TECHNIQUES, Recipe, floor_of, loop_of, plan_for
 from timing import Measure, Rows
 
 from reprune.engine.loop import BlockLoop
@@ -39,13 +39,12 @@ FASTER: dict[str, list[Recipe]] = {
 }
 """Of those that take about a third of the study's time, the ones with the lowest errors on validation text."""
 
-NONE = Recipe("none", {"epochs": 0})
 STAGES = ("statistics", "pruning", "reconstruction")
 SECONDS = "seconds_of_all_blocks"
 
 
 SETTINGS = ("set", "first", "override")
-WARM_UP = False
+ONE_ROUND = True
 
 
 def arms(config: pytest.Config) -> list[str]:
@@ -56,7 +55,8 @@ def arms(config: pytest.Config) -> list[str]:
 def test_recipes(arm: str, measure: Measure, rows: Rows, kept: Rows, request: pytest.FixtureRequest) -> None:
     """All recipes of one technique."""
     given = request.config.getoption
-    overrides = [f"calibration.set={given('set')}", "probes.held_out.num_sequences=8", *given("override")]
+    overrides = [f"calibration.set={given('set')}", f"threads={given('threads')}"]
+    overrides += ["probes.held_out.num_sequences=8", *given("override")]
     found = measure(lambda: side_by_side(arm, given("first"), overrides))
     for row in found:
         rows.append({"technique": arm, **row})
@@ -89,7 +89,7 @@ def test_table(rows: Rows, printed: Rows) -> None:
 
 def side_by_side(technique: str, num_blocks: int | None, overrides: list[str]) -> Rows:
     """A row a recipe and block: seconds of all blocks, errors after it."""
-    recipes = [NONE, Recipe("study", STUDY), *FASTER[technique]]
+    recipes = [NOTHING, Recipe("study", STUDY), *FASTER[technique]]
     turns, rows = Turns(len(recipes)), Rows()
     with TemporaryDirectory() as place:
         plan, loops = plan_for(technique, Path(place), overrides), []
@@ -102,7 +102,7 @@ def side_by_side(technique: str, num_blocks: int | None, overrides: list[str]) -
             total = sum(loop.meter.seconds.get(stage, 0.0) for stage in STAGES)
             pruning[recipe.name] = total
             seconds = total - pruning["none"]
-            part = len(loop.model.blocks) / plan.shapes.num_blocks
+            floor = floor_of(recipe, plan) * len(loop.model.blocks) / plan.shapes.num_blocks
             for row in loop._progress.rows:
                 after = {role: next(iter(texts.values())) for role, texts in row["after"].items()}
                 rows.append(
@@ -110,7 +110,7 @@ def side_by_side(technique: str, num_blocks: int | None, overrides: list[str]) -
                         "recipe": recipe.name,
                         "block": row["block"],
                         SECONDS: seconds,
-                        "share": part * floor_of(recipe, plan) / seconds if seconds else None,
+                        "share": floor / seconds if seconds else None,
                         "calibration": after["calibration"]["error"],
                         "held_out": after["probe"]["error"],
                         "calibration_relative": after["calibration"]["relative"],

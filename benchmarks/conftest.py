@@ -3,9 +3,9 @@
     .venv/bin/python -m pytest benchmarks/bench_speed.py --rounds 5 --csv FILE
 
 A module names its arms (`arms(config)`) and the options that it heeds (`SETTINGS`); every round has all of them, one after the other, so that a ratio is of one
-round, whatever else the machine does. The first round warms up, and is the one in which memory is measured; a module whose arms take minutes has one round and no
-such (`WARM_UP = False`). `share` is of the floor reached: the seconds of what cannot be spared, from bare products of the same run, over those it took.
-pytest-benchmark's own options go on working (`--benchmark-timer=time.process_time`, `--benchmark-json=FILE`, `--benchmark-verbose`).
+round, whatever else the machine does. The first round warms up, and is the one in which memory is measured. A module whose arms take minutes and stand alone has one
+round (`ONE_ROUND`), of which `--arm` chooses; one that times processes of its own (`CHILDREN`) has the clock on the wall. `share` is of the floor reached: the seconds
+of what cannot be spared, such as bare products in the same round, over those it took. pytest-benchmark's own options go on working (`--benchmark-timer=time.process_time`, `--benchmark-json=FILE`, `--benchmark-verbose`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import fill
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -31,14 +32,19 @@ from reprune.model.device import plan_device
 from reprune.model.loading import LoadedModel
 
 LINES = pytest.StashKey[list[Any]]()
-WIDTH = 120
+WIDTH = 150
+WALL = "time.perf_counter"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options that every benchmark has; those of one alone are here too, where pytest looks for them."""
     group = parser.getgroup("reprune's benchmarks")
-    group.addoption("--rounds", type=int, help="rounds that count: 3, or 1 where an arm takes minutes")
-    group.addoption("--arm", action="append", help="this arm alone; may be given again")
+    group.addoption(
+        "--rounds", type=int, help="rounds that count, 3 unless it is said; not where arms take minutes"
+    )
+    group.addoption(
+        "--arm", action="append", help="this arm alone, where arms take minutes; may be given again"
+    )
     group.addoption("--threads", type=int, default=1)
     group.addoption("--csv", type=Path, help="append the rows to this file")
     group.addoption("--model", default="smollm2_135m", help="an option of the group `model`")
@@ -69,11 +75,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "arm" not in metafunc.fixturenames:
         return
     config, module = metafunc.config, metafunc.module
-    arms, asked = module.arms(config), config.getoption("arm") or []
-    if unknown := set(asked) - set(arms):
-        raise pytest.UsageError(f"--arm: no {sorted(unknown)} among {arms}")
-    chosen = [arm for arm in arms if not asked or arm in asked]
-    numbers = range(0 if _warms_up(module) else 1, _rounds(config, module) + 1)
+    arms, asked, name = module.arms(config), config.getoption("arm"), module.__name__
+    if _one_round(module) and config.getoption("rounds") is not None:
+        raise pytest.UsageError(f"--rounds: {name} has one; begin it again for another")
+    if asked is not None and not _one_round(module):
+        raise pytest.UsageError(f"--arm: the arms of {name} are compared with one another")
+    if asked is not None and not set(asked) <= set(arms):
+        raise pytest.UsageError(f"--arm: {name} has {', '.join(arms)}")
+    if getattr(module, "CHILDREN", False) and clock_of(config) != WALL:
+        raise pytest.UsageError(f"--benchmark-timer: {name} times processes of its own, by {WALL} alone")
+    numbers = [1] if _one_round(module) else range(_rounds(config, module) + 1)
+    chosen = [arm for arm in arms if asked is None or arm in asked]
     metafunc.parametrize(("number", "arm"), [(number, arm) for number in numbers for arm in chosen])
 
 
@@ -141,8 +153,9 @@ def printed(request: pytest.FixtureRequest) -> Iterator[Rows]:
     shown = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
     columns = list(dict.fromkeys(column for row in rows for column in row))
     for column in columns:
-        words = column.replace("_", " ")
-        shown.add_column(words, justify="left" if column == columns[0] else "right", no_wrap=True)
+        # Headings are broken, cells never.
+        heading = fill(column.replace("_", " "), 12)
+        shown.add_column(heading, justify="left" if column == columns[0] else "right", no_wrap=True)
     for row in rows:
         shown.add_row(*(_cell(row.get(column)) for column in columns))
     config = request.config
@@ -172,13 +185,13 @@ def kept(request: pytest.FixtureRequest) -> Iterator[Rows]:
     pd.concat([*old, new.astype("object")]).to_csv(path, index=False)
 
 
-def _warms_up(module: ModuleType) -> bool:
-    return getattr(module, "WARM_UP", True)
+def _one_round(module: ModuleType) -> bool:
+    return getattr(module, "ONE_ROUND", False)
 
 
 def _rounds(config: pytest.Config, module: ModuleType) -> int:
     given: int | None = config.getoption("rounds")
-    return given if given is not None else 3 if _warms_up(module) else 1
+    return 1 if _one_round(module) else 3 if given is None else given
 
 
 def _setting(value: Any) -> Any:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from floors import bare_rates
+
 from reprune.arithmetic import FLOOR, guessed_stages
 from reprune.calibration.roles import Texts
 from reprune.check import RunPlan, check
@@ -39,6 +41,10 @@ class Recipe:
         return replace(technique, **self.changes, layerwise=start)
 
 
+NOTHING = Recipe("none", {"epochs": 0})
+"""The pruner alone."""
+
+
 class Silent:
     """A listener of the loop that is told and does nothing."""
 
@@ -53,22 +59,17 @@ class Silent:
 
 
 def floor_of(recipe: Recipe, plan: RunPlan) -> float:
-    """Seconds that fitting a whole model by `recipe` cannot do without: its products at the rate of a large bare one."""
-    own = guessed_stages(replace(plan, technique=recipe.of(plan.technique)), FLOOR)
-    pruning = guessed_stages(
-        replace(plan, technique=replace(plan.technique, epochs=0, layerwise=None)), FLOOR
-    )
-    return (
-        own["reconstruction"]
-        + own["statistics"]
-        + own["pruning"]
-        - pruning["statistics"]
-        - pruning["pruning"]
-    )
+    """Seconds that fitting a whole model by `recipe` cannot do without: its products at the rate of bare ones."""
+    with bare_rates(plan):
+        own, pruning = (
+            guessed_stages(replace(plan, technique=technique), FLOOR)
+            for technique in (recipe.of(plan.technique), NOTHING.of(plan.technique))
+        )
+    return sum(own[stage] - pruning[stage] for stage in ("statistics", "pruning", "reconstruction"))
 
 
 def plan_for(technique: str, folder: Path, overrides: list[str]) -> RunPlan:
-    """The plan of a run: SparseGPT 50 %, 8 × 256 tokens of C4, batches of one sequence, one thread."""
+    """The plan of a run: SparseGPT 50 %, 8 × 256 tokens of C4, batches of one sequence."""
     prepare()
     plan = check(
         compose_run(
@@ -78,7 +79,6 @@ def plan_for(technique: str, folder: Path, overrides: list[str]) -> RunPlan:
                 "calibration.num_sequences=8",
                 "evaluation=none",
                 "tracking=jsonl",
-                "threads=1",
                 "device=cpu",
                 "dtype=float32",
                 *(f"~calibration@probes.{name}" for name in ("wiki", "code")),

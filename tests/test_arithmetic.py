@@ -15,7 +15,6 @@ from helpers import perplexity_on, plan_of, run_tiny, write_documents
 from reprune import arithmetic
 from reprune.arithmetic import FLOOR, MEASURED, Pace, guessed_seconds, guessed_stages
 from reprune.model.blocks import BlockCall
-from reprune.run_plan import RunPlan
 
 PASSING = ("dense chain", "pruned chain", "statistics", "measuring", "reconstruction")
 
@@ -27,11 +26,6 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BARE = Pace(forward=1, training=1, fitting=1, call=0, step=0, column=0, choosing=0)
-
-
-def bare(plan: RunPlan, pace: Pace = BARE) -> dict[str, float]:
-    """What is guessed where every product has the full rate and nothing takes time beside them."""
-    return guessed_stages(plan, pace)
 
 
 @pytest.mark.usefixtures("counting")
@@ -68,7 +62,7 @@ def test_passes_are_those_of_a_run(
     plan, _ = run_tiny(tmp_path, "pruner=wanda", *choices)
     weights = plan.shapes.num_block_parameters / plan.shapes.num_blocks
     a_token = 2 * weights + 4 * 16 * plan.shapes.hidden_size
-    stages = bare(plan)
+    stages = guessed_stages(plan, BARE)
     assert sum(stages[stage] for stage in PASSING) == pytest.approx(
         a_token * (passed[False] + 3 * passed[True])
     )
@@ -78,7 +72,7 @@ def test_passes_are_those_of_a_run(
 @pytest.mark.usefixtures("counting")
 def test_what_a_pruner_does_by_hand(tmp_path: Path) -> None:
     """Catches a Gram for each of the layers that share an input, a forgotten factor, sweep, round or solver."""
-    plain, gram = (bare(plan_of(tmp_path, "reconstruction=none", f"pruner={it}")) for it in ("wanda", "sparsegpt"))  # fmt: skip
+    plain, gram = (guessed_stages(plan_of(tmp_path, "reconstruction=none", f"pruner={it}"), BARE) for it in ("wanda", "sparsegpt"))  # fmt: skip
     tokens, blocks, hidden, inner, narrow = 3 * 16, 3, 32, 64, 16
     grams = 2 * tokens * (3 * hidden**2 + inner**2)
     factors = 4 / 3 * (3 * hidden**3 + inner**3)
@@ -87,14 +81,16 @@ def test_what_a_pruner_does_by_hand(tmp_path: Path) -> None:
     assert gram["statistics"] - plain["statistics"] == pytest.approx(blocks * grams)
     assert gram["pruning"] - plain["pruning"] == pytest.approx(blocks * (factors + square))
     rounds = ("schedule=iterative", "schedule.rounds=3", "schedule.reconstruct=end")
-    thrice = bare(plan_of(tmp_path, "reconstruction=none", "pruner=sparsegpt", *rounds))
+    thrice = guessed_stages(plan_of(tmp_path, "reconstruction=none", "pruner=sparsegpt", *rounds), BARE)
     assert thrice["pruning"] == pytest.approx(3 * gram["pruning"])
     assert thrice["dense chain"] == pytest.approx(gram["dense chain"])
     few = ("reconstruction=least_squares", "reconstruction.layerwise.max_iterations=30")
-    solved = bare(plan_of(tmp_path, "pruner=sparsegpt", *few))
+    solved = guessed_stages(plan_of(tmp_path, "pruner=sparsegpt", *few), BARE)
     assert solved["pruning"] - gram["pruning"] == pytest.approx(blocks * 2 * 32 * square)
     assert solved["statistics"] == pytest.approx(gram["statistics"]), "the pruner's Grams are the solver's"
-    paired = bare(plan_of(tmp_path, "pruner=wanda", *few, "reconstruction.target_chain=dense"))
+    paired = guessed_stages(
+        plan_of(tmp_path, "pruner=wanda", *few, "reconstruction.target_chain=dense"), BARE
+    )
     assert paired["statistics"] == pytest.approx(3 * plain["statistics"] + 2 * blocks * grams)
 
 
@@ -104,14 +100,14 @@ def test_evaluation_and_calls(tmp_path: Path) -> None:
     write_documents(tmp_path / "mine.jsonl")
     texts = perplexity_on(mine=tmp_path / "mine.jsonl")
     plan = plan_of(tmp_path, "reconstruction=br_gp", "reconstruction.epochs=2", *texts)
-    plain = bare(plan)
+    plain = guessed_stages(plan, BARE)
     assert plain["evaluation"] == plain["dense evaluation"] == 2 * plan.shapes.num_parameters * 3 * 16
-    more = bare(plan, replace(BARE, step=10))
+    more = guessed_stages(plan, replace(BARE, step=10))
     # Two epochs of two batches of at most 2 of 3 sequences, in each of three blocks.
     assert more["reconstruction"] - plain["reconstruction"] == pytest.approx(2 * 2 * 3 * 10)
-    assert bare(plan, replace(BARE, call=10))["dense chain"] - plain["dense chain"] == pytest.approx(
-        2 * 3 * 10
-    )
+    assert guessed_stages(plan, replace(BARE, call=10))["dense chain"] - plain[
+        "dense chain"
+    ] == pytest.approx(2 * 3 * 10)
 
 
 @pytest.mark.usefixtures("counting")
@@ -124,7 +120,7 @@ def test_gradients_that_a_method_reads(tmp_path: Path, monkeypatch: pytest.Monke
 
     def seconds(*more: str) -> float:
         given = ("reconstruction=none", "dtype=bfloat16", *more)
-        return bare(plan_of(tmp_path, *given))["gradients"]
+        return guessed_stages(plan_of(tmp_path, *given), BARE)["gradients"]
 
     shapes = plan_of(tmp_path).shapes
     tokens, rounds = 3 * 16, ("schedule=iterative", "schedule.rounds=3")
@@ -149,14 +145,15 @@ def test_gradients_that_a_method_reads(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("counting")
 def test_the_floor_by_hand(tmp_path: Path) -> None:
-    """Catches a floor with whole Grams, attention to later positions or a factor's inverse, and one above what is guessed."""
+    """Catches a floor with whole Grams, attention to later positions a factor's inverse or the last layer, and one above what is guessed."""
     plan = plan_of(tmp_path, "reconstruction=br_gp", "pruner=sparsegpt")
-    floor, measured = bare(plan, FLOOR), bare(plan, MEASURED)
+    floor, measured = guessed_stages(plan, FLOOR), guessed_stages(plan, MEASURED)
     tokens, blocks, hidden, inner, narrow = 3 * 16, 3, 32, 64, 16
     weights = plan.shapes.num_block_parameters / plan.shapes.num_blocks
     forward = tokens * (2 * weights + 2 * 16 * hidden)
     into_hidden = hidden + narrow + narrow + hidden + inner + inner
-    assert floor["statistics"] == pytest.approx(blocks * (forward + tokens * (3 * hidden**2 + inner**2)))
+    observed = forward - tokens * 2 * hidden * inner
+    assert floor["statistics"] == pytest.approx(blocks * (observed + tokens * (3 * hidden**2 + inner**2)))
     square = into_hidden * hidden**2 + hidden * inner**2
     assert floor["pruning"] == pytest.approx(blocks * ((3 * hidden**3 + inner**3) / 3 + square))
     assert floor["reconstruction"] == pytest.approx(blocks * plan.technique.epochs * 3 * forward)

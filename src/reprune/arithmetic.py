@@ -11,7 +11,7 @@ from math import ceil
 import torch
 
 from reprune.calibration.gather import Request
-from reprune.operations import Visits, columns, distinct, factors, grams, products, solver_reads
+from reprune.operations import Visits, columns, distinct, factors, grams, last_weights, products, solver_reads
 from reprune.run_plan import RunPlan
 
 
@@ -35,6 +35,8 @@ class Pace:
     """Operations of a Gram for each token and pair of inputs."""
     factor: float = 4 / 3
     """Operations of a Gram's factor, times the cube of its width."""
+    last: float = 1.0
+    """How much of a block's last layer a pass for statistics computes."""
     call: float = 1e-3
     """Seconds that a pass of a batch through a block takes beside its products."""
     step: float = 4e-3
@@ -49,9 +51,9 @@ class Pace:
 
 MEASURED = Pace()
 FLOOR = Pace(
-    forward=1, training=1, fitting=1, attention=2, gram=1, factor=1 / 3, call=0, step=0, column=0, choosing=0, writing=1
+    forward=1, training=1, fitting=1, attention=2, gram=1, factor=1 / 3, last=0, call=0, step=0, column=0, choosing=0, writing=1
 )  # fmt: skip
-"""What cannot be spared: products at the full rate, half of what is symmetric or causal, nothing beside."""
+"""What passes, statistics, pruning and training cannot spare: products at the full rate, half of what is symmetric or causal."""
 
 SIZE = 1024
 REPEATS = 3
@@ -70,7 +72,7 @@ def guessed_stages(plan: RunPlan, pace: Pace = MEASURED) -> dict[str, float]:
     sweep over each layer. Masks chosen in another way count as one sorted list of scores; searches for masks, tasks
     and layers that are pruned one after the other within a block are left out. The device's rate is measured once, by
     a matrix product of the run's dtype and one of float32, which training, gradients and Grams are in. With `FLOOR` it
-    is what the run cannot do without.
+    is what the work on blocks cannot do without.
     """
     shapes, technique = plan.shapes, plan.technique
     visits, rounds = Visits.of(plan), len(plan.steps)
@@ -80,7 +82,10 @@ def guessed_stages(plan: RunPlan, pace: Pace = MEASURED) -> dict[str, float]:
     float32 = product_rate(plan.device.device, torch.float32, plan.device.num_threads)
     training, fitting = pace.training * float32, pace.fitting * float32
 
-    statistics = mask.forward * shapes.num_blocks * rounds if plan.needs.any else 0.0
+    statistics = 0.0
+    if plan.needs.any:
+        spared = (1 - pace.last) * 2 * mask.tokens * last_weights(shapes) / (pace.forward * mask.rate)
+        statistics = rounds * (mask.forward * shapes.num_blocks - spared)
     pruning = (
         sum(shapes.num_weights.values()) * pace.choosing * rounds / float32 if plan.needs.prunes else 0.0
     )

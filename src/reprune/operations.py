@@ -88,6 +88,12 @@ def grams(shapes: Shapes, tokens: int) -> float:
     return sum(tokens * width**2 * (1 if expert else count) for width, count, expert in _inputs(shapes))
 
 
+def last_weights(shapes: Shapes) -> int:
+    """Weights of each block's last layer that is pruned, in all: what it puts out is of no use to statistics."""
+    last = {name.split(".")[0]: count for name, count in shapes.num_weights.items()}
+    return sum(last.values())
+
+
 def factors(shapes: Shapes) -> float:
     """Σ d_in³ over all Grams, which the operations of their factors are a multiple of."""
     return sum(float(width**3 * count) for width, count, _ in _inputs(shapes))
