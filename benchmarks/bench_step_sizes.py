@@ -3,8 +3,7 @@
 SmolLM2-135M, SparseGPT 50 %, a calibration set that `bench_time_to_error.py` does not measure on. The pruned chain is trained
 by one short recipe throughout. At some windows all recipes start from the same weights, masks and inputs, one after the
 other, and the window is put back after each: the loss at each epoch's end is a point (the error of the window's output,
-per element, and relative per token, on calibration and on validation text), with the seconds so far,
-whose floor is the arithmetic of a window's training steps and of least squares. An arm is a technique.
+per element, and relative per token, on calibration and on validation text), with the seconds so far, whose floor is the arithmetic of a window's training steps and of least squares. An arm is a technique.
 """
 
 from __future__ import annotations

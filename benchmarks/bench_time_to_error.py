@@ -2,10 +2,9 @@
 
 SmolLM2-135M, SparseGPT 50 %, 8 × 256 tokens of C4, through the real block loop, over the first blocks or all. All recipes
 of a technique start from the same weights and texts, and take turns window by window, each on a model of its own, so
-that other work on the machine disturbs them alike. Seconds are of statistics, pruning and
-reconstruction, less those that the run without reconstruction (`none`) takes to prune; their floor is the arithmetic of
+that other work on the machine disturbs them alike. Seconds are of statistics, pruning and reconstruction, less those that the run without reconstruction (`none`) takes to prune; their floor is the arithmetic of
 the training steps and of least squares. Rates are those that `bench_step_sizes.py` fixed on validation text, on another calibration
-set. The CSV has a row a recipe and block. An arm is a technique.
+set. The CSV has a row a recipe and block. An arm is a technique. Beside other work --benchmark-timer=time.process_time is best.
 """
 
 from __future__ import annotations
@@ -41,8 +40,6 @@ FASTER: dict[str, list[Recipe]] = {
 
 STAGES = ("statistics", "pruning", "reconstruction")
 SECONDS = "seconds_of_all_blocks"
-
-
 SETTINGS = ("set", "first", "override")
 ONE_ROUND = True
 
