@@ -61,7 +61,9 @@ def folder(request: pytest.FixtureRequest) -> Path:
     """Where the checkpoint is."""
     found: Path | None = request.config.getoption("folder")
     if found is None:
-        raise pytest.UsageError("--folder=DIR is needed: checkpoint and runs take 30 GB")
+        pytest.exit(
+            "--folder=DIR is needed: checkpoint and runs take 30 GB", returncode=pytest.ExitCode.USAGE_ERROR
+        )
     write_checkpoint(found / "llama_7b")
     return found.resolve()
 
