@@ -292,3 +292,26 @@ def test_ctrl_c(tmp_path: Path) -> None:
     exits = [record["exit"] for record in wandb_records(plan.folder.path) if record["type"] == "exit"]
     assert [end.get("exit_code") for end in exits] == [1]
     assert _outcome(plan, pipeline.run(plan)) == undisturbed
+
+
+@pytest.mark.parametrize("state", ["failed", "interrupted"])
+def test_an_end_that_is_interrupted_is_told_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    """Catches a run that reads as killed: another process of it died, and the signal came while it noted that it failed."""
+    plan, mark, asked = plan_of(tmp_path), RunFolder.mark, list[str]()
+
+    def interrupted(folder: RunFolder, told: str, **facts: Any) -> None:
+        asked.append(told)
+        if asked.count(state) == 1 and told == state:
+            raise KeyboardInterrupt
+        mark(folder, told, **facts)
+
+    def fail(windows: int) -> None:
+        raise RunError("left alone") if state == "failed" else KeyboardInterrupt()
+
+    monkeypatch.setattr(RunFolder, "mark", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(plan, fail)
+    assert plan.folder.status().state == state
+    assert asked.count(state) == 2

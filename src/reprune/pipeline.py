@@ -98,11 +98,19 @@ def run(plan: RunPlan, after_commit: OnCommit = lambda windows: None) -> dict[st
 
 
 def _mark_end(folder: RunFolder, state: str, **facts: Any) -> None:
-    """Write how a run ended; on a full disk what it failed of is told all the same, and the folder reads as killed."""
+    """Write how a run ended; on a full disk what it failed of is told all the same, and the folder reads as killed.
+
+    It is written once more where that itself is interrupted: when a process of a run dies the others are told to end,
+    often in the moment in which they note that they failed of it.
+    """
     if folder.finished:
         return
     try:
-        folder.mark(state, block=len(folder.blocks()), **facts)
+        try:
+            folder.mark(state, block=len(folder.blocks()), **facts)
+        except KeyboardInterrupt:
+            folder.mark(state, block=len(folder.blocks()), **facts)
+            raise
     except OSError as error:
         LOG.warning("%s cannot be marked as %s: %s", folder.path, state, error)
 
