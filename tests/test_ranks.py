@@ -48,6 +48,10 @@ RUNS: dict[str, tuple[str, ...]] = {
         "model.architecture=mixtral", "+model.config.num_local_experts=8", "+model.config.intermediate_size=32",
         "calibration.num_sequences=2", "calibration.length=5", "pruner=sparsegpt", "reconstruction=least_squares",
     ),
+    "last_layer": (
+        "pruner=sparsegpt", "reconstruction=br_gp_cr", "reconstruction.epochs=1",
+        "reconstruction.training_dtype=bfloat16", "reconstruction.last_layer_iterations=2",
+    ),
     # Three windows for two processes.
     "independent": ("pruner=sparsegpt", "reconstruction=free_lunch", "reconstruction.epochs=2", "reconstruction.learning_rate=1e-3", "reconstruction.batch_size=1"),
     "independent_on_disk": (

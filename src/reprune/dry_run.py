@@ -94,5 +94,8 @@ def _in_words(technique: Technique) -> str:
         what = "attention and MLP by themselves" if technique.granularity == "submodule" else blocks
         parts.append(
             f"{what}: {technique.trainable}, {technique.loss}, {technique.epochs} epochs, lr {technique.learning_rate:g}"
+            f"{', products in bfloat16' if technique.training_dtype == 'bfloat16' else ''}"
         )
+        if technique.last_layer_iterations:
+            parts.append(f"{technique.last_layer_iterations} iterations of least squares of its last layer")
     return ", then ".join(parts) or "none"

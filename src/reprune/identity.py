@@ -31,6 +31,9 @@ def technique_identity(technique: Technique, needs: Needs, num_rounds: int) -> d
     unread = {
         *(["rank", "lora_scale"] if technique.trainable != "masked_lora" else []),
         *(["patience"] if technique.stop_on is None else []),
+        # Left out where they change nothing, so that runs from before there was a choice are the same runs.
+        *(["training_dtype"] if technique.training_dtype == "float32" else []),
+        *(["last_layer_iterations"] if technique.last_layer_iterations == 0 else []),
         *(["statistics_chain"] if not (needs.any or needs.block_gradients or needs.projected) else []),
     }
     if not technique.trains:

@@ -7,10 +7,12 @@ from collections import defaultdict
 from reprune.calibration.roles import Texts
 from reprune.engine.activations import Stores
 from reprune.engine.dense_pass import DensePass
+from reprune.engine.fitting import NO_LAST_LAYER
 from reprune.engine.gradients import ModelGradients
 from reprune.engine.pruning_plan import PruningPlan
 from reprune.engine.state import RunState
 from reprune.engine.units import couplings_of
+from reprune.errors import RunError
 from reprune.model.loading import LoadedModel
 from reprune.resources import StageMeter
 from reprune.rounds import measured_rounds
@@ -27,6 +29,15 @@ def check_coupled(plan: RunPlan, model: LoadedModel) -> None:
         by_block[int(block)].append(layer)
     for number, layers in by_block.items():
         couplings_of(model, number, layers)
+
+
+def check_last_layers(plan: RunPlan, model: LoadedModel) -> None:
+    """RunError for blocks whose last layer cannot be solved against the window's output, where that is asked for."""
+    if not plan.technique.last_layer_iterations or plan.technique.granularity != "block":
+        return
+    for block in range(len(model.blocks)):
+        if model.last_added(block) is None:
+            raise RunError(f"block {block}: {NO_LAST_LAYER}")
 
 
 def pruning_plan(

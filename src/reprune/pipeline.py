@@ -26,7 +26,7 @@ from reprune.evaluation.suite import dense_result, dense_scratch, evaluate_prune
 from reprune.export import export, exported
 from reprune.files import read_json, write_json
 from reprune.kept_texts import check_alike, keep_texts
-from reprune.measured_plan import check_coupled, pruning_plan
+from reprune.measured_plan import check_coupled, check_last_layers, pruning_plan
 from reprune.model.loading import LoadedModel, load_model
 from reprune.profile import TRACE, show, told_time, traced
 from reprune.ranks import ALONE
@@ -128,6 +128,7 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
             )
             if not plan.transform.renumbers:
                 check_coupled(plan, model)
+                check_last_layers(plan, model)
         with meter.stage("text"):
             texts = plan.texts(model)
             plan.device.ranks.wait()

@@ -73,7 +73,7 @@ class InputStatistics:
             self.sums += beside + len(x) * offset
             self.sum_squares += rest.square_().sum(dim=0) + offset * (2 * beside + len(x) * offset)
         if self.gram is not None:
-            _add_products(self.gram, x)
+            add_products(self.gram, x)
 
     def _begin(self, num_features: int, device: torch.device, with_gram: bool) -> None:
         wide = torch.float32 if device.type == "mps" else torch.float64
@@ -187,7 +187,7 @@ class InputStatistics:
             notes.append(f"{failure}, tried again with dampening {tried:g}")
 
 
-def _add_products(gram: Tensor, x: Tensor) -> None:
+def add_products(gram: Tensor, x: Tensor) -> None:
     """Add xᵀx by panels of columns, each from the diagonal on: what lies below it is what lies above."""
     width = max(PANEL_COLUMNS, -(-len(gram) // PANELS))
     for first in range(0, len(gram), width):

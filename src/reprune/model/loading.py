@@ -30,7 +30,7 @@ from reprune.model.disk_weights import DiskWeights
 from reprune.model.documents import documents_apart
 from reprune.model.hollow import open_checkpoint
 from reprune.model.linears import LinearView, linears_of
-from reprune.model.submodules import Submodule, find_submodules
+from reprune.model.submodules import Submodule, find_submodules, is_added
 from reprune.model.trimming import Trimmed
 
 _TRACED_TOKENS = 4
@@ -122,6 +122,16 @@ class LoadedModel:
                     self.blocks[block], self.linears[block], call, hidden.to(self.plan.device)
                 )
         return self._submodules[block]
+
+    def last_added(self, block: int) -> LinearView | None:
+        """The prunable layer that a block adds last to its residual stream; None where a norm, a factor or a router follows it."""
+        view = self.linears[block].get(self.submodules(block)[-1].output)
+        if view is None:
+            return None
+        hidden = self.embed(torch.zeros(1, _TRACED_TOKENS, dtype=torch.long)).to(self.plan.device)
+        with self.holding(self.blocks[block]):
+            added = is_added(self.blocks[block], view.name, self.call(block, 1, _TRACED_TOKENS), hidden)
+        return view if added else None
 
     @torch.no_grad()
     def embed(self, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:

@@ -14,6 +14,8 @@ from reprune.errors import RunError
 from reprune.model.blocks import BlockCall
 from reprune.model.linears import LinearView
 
+_SHIFT_TOLERANCE = 0.02
+
 
 @dataclass(frozen=True)
 class Submodule:
@@ -99,6 +101,25 @@ def _tracing(block: nn.Module) -> Iterator[_Trace]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def is_added(block: nn.Module, path: str, call: BlockCall, hidden_BTH: Tensor) -> bool:
+    """Whether what a module puts out is added to what the block puts out as it is: a shift of the one shifts the other."""
+    plain = call.run(block, hidden_BTH).float()
+    # Far above the rounding of half precision.
+    size = float(plain.abs().max())
+    shift = size * torch.linspace(-1, 1, hidden_BTH.shape[-1], device=plain.device)
+
+    def move(module: nn.Module, positional: tuple[Any, ...], output: Any) -> Any:
+        return (output + shift).to(output.dtype) if isinstance(output, Tensor) else output
+
+    handle = block.get_submodule(path).register_forward_hook(move)
+    try:
+        moved = call.run(block, hidden_BTH).float()
+    finally:
+        handle.remove()
+    return float((moved - plain - shift).abs().max()) <= _SHIFT_TOLERANCE * size
 
 
 def tied_blocks(model: nn.Module, blocks: nn.ModuleList) -> str | None:

@@ -126,7 +126,9 @@ def _backward(
     own = [samples[place] for place in ranks.share(len(samples))]
     if not own:
         return torch.zeros((), device=training.parameters[0].device)
-    loss = objective.loss(own, training.weights)
+    device = training.parameters[0].device.type
+    with torch.autocast(device, torch.bfloat16, enabled=technique.training_dtype == "bfloat16"):
+        loss = objective.loss(own, training.weights)
     penalised = loss + technique.anchor * training.distance() if technique.anchor else loss
     part = objective.mass(own) / objective.mass(samples) if ranks.several else 1.0
     torch.autograd.backward(part * penalised if ranks.several else penalised)

@@ -92,17 +92,25 @@ class WindowObjective:
 
     def loss(self, samples: Sequence[int], weights: WeightsOf) -> Tensor:
         """See Objective."""
+        return weighted_loss(self.loss_name, self.token_weight, *self.outputs(samples, weights))
+
+    def outputs(self, samples: Sequence[int], weights: WeightsOf) -> tuple[Tensor, Tensor]:
+        """The window's output and its target, [samples, tokens, hidden] each."""
         hidden, target, positions = self.pairs.batch(samples, self.model)
         for block in self.blocks:
             call = self.model.call(block, len(samples), hidden.shape[1], positions).in_float32()
             hidden = call.run(self.model.blocks[block], hidden, weights=weights(block), until=self.until)
-        return weighted_loss(self.loss_name, self.token_weight, hidden, target)
+        return hidden, target
+
+    def token_weights(self, target_BTH: Tensor) -> Tensor:
+        """w_t of the tokens of some samples, [samples, tokens]."""
+        return TOKEN_WEIGHTS[self.token_weight](target_BTH)
 
     def mass(self, samples: Sequence[int]) -> float:
         """See Objective: tokens, each with its weight."""
         if not samples or self.token_weight == uniform.__name__:
             return float(len(samples))
-        return float(TOKEN_WEIGHTS[self.token_weight](self.pairs.target(samples, self.model)).double().sum())
+        return float(self.token_weights(self.pairs.target(samples, self.model)).double().sum())
 
 
 @dataclass(frozen=True)

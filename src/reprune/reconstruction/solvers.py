@@ -25,12 +25,13 @@ ORACLE_BYTES = 256 * 2**20
 class Solution:
     """A weight float32 [d_out, d_in], zero where not kept, and how it was reached.
 
-    `excess` is what the last iterations still gained, as a share of all that was gained since the start, over all rows:
-    an estimate of the share of the recoverable error that is left.
+    `gained` is by how much the error fell since the start, over all rows; `excess` the share of it that the last
+    iterations gained: an estimate of the share of the recoverable error that is left.
     """
 
     weight: Tensor
     iterations: int
+    gained: float
     excess: float
 
 
@@ -39,7 +40,7 @@ def conjugate_gradients(
     hessian: Tensor,
     rhs: Tensor,
     keep: Tensor,
-    start: Tensor,
+    start: Tensor | None,
     *,
     min_iterations: int = 20,
     max_iterations: int = 400,
@@ -48,14 +49,17 @@ def conjugate_gradients(
     """Conjugate gradients with the diagonal as preconditioner, all rows at once (Hestenes & Stiefel, 1952).
 
     `hessian` float32 [d_in, d_in] with a positive diagonal; `rhs` and `start` float32, `keep` bool [d_out, d_in]. Each
-    row goes on from `start` in the space of its own kept weights, at the cost of one product of `rhs` with `hessian` an
+    row goes on from `start` (None: zero) in the space of its own kept weights, at the cost of one product of `rhs` with `hessian` an
     iteration for all of them. Step k lowers the error by α_k r_kᵀz_k; the iteration ends when the decrements of the
     last five steps fall below `tolerance` of all so far.
     """
     mask = keep.to(hessian.dtype)
     scale = hessian.diagonal().reciprocal()
-    weight = torch.where(keep, start, 0)
-    residual = (rhs - weight @ hessian).mul_(mask)
+    if start is None:
+        weight, residual = torch.zeros_like(rhs), rhs * mask
+    else:
+        weight = torch.where(keep, start, 0)
+        residual = (rhs - weight @ hessian).mul_(mask)
     direction = residual * scale
     # rᵀz, [d_out, 1]
     slope = (residual * direction).sum(dim=1, keepdim=True)
@@ -71,7 +75,7 @@ def conjugate_gradients(
         scaled = residual * scale
         previous, slope = slope, (residual * scaled).sum(dim=1, keepdim=True)
         direction.mul_(_ratio(slope, previous)).add_(scaled)
-    return Solution(weight, len(decrements), _excess(decrements))
+    return Solution(weight, len(decrements), float(torch.stack(decrements).sum()), _excess(decrements))
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

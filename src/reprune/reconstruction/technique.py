@@ -43,7 +43,10 @@ class Technique:
     Defaults of the optimiser are the study's: Adam(0.9, 0.95), lr 2e-4 with linear decay, no weight decay, batch 8;
     `clip_norm` bounds
     the norm of the true gradient; with `sgd` the first of `betas` is its momentum, with `rmsprop` the second its decay of
-    squares. `rank` and `lora_scale` belong to `trainable: masked_lora`.
+    squares. `rank` and `lora_scale` belong to `trainable: masked_lora`. With `training_dtype: bfloat16` the products of
+    training steps are of bfloat16 (autocast); weights, gradients, moments and the loss stay float32.
+
+    `last_layer_iterations` steps of least squares of a window's last layer follow its training (see last_layer.py).
     """
 
     granularity: Literal["block", "submodule"] = "block"
@@ -71,6 +74,8 @@ class Technique:
     betas: Sequence[float] = (0.9, 0.95)
     weight_decay: float = 0.0
     clip_norm: float | None = None
+    training_dtype: Literal["float32", "bfloat16"] = "float32"
+    last_layer_iterations: int = 0
 
     def __post_init__(self) -> None:
         from reprune.reconstruction.losses import LOSSES, TOKEN_WEIGHTS
@@ -85,7 +90,12 @@ class Technique:
             learning_rate=self.learning_rate,
             clip_norm=self.clip_norm,
         )
-        require_nonnegative(epochs=self.epochs, weight_decay=self.weight_decay, anchor=self.anchor)
+        require_nonnegative(
+            epochs=self.epochs,
+            weight_decay=self.weight_decay,
+            anchor=self.anchor,
+            last_layer_iterations=self.last_layer_iterations,
+        )
         for key in ("learning_rate", "anchor", "weight_decay", "lora_scale"):
             if not isfinite(getattr(self, key)):
                 raise ConfigError(key, "must be a finite number", value=getattr(self, key))
@@ -163,6 +173,26 @@ class Technique:
                 "the language-model loss reads tokens, not a chain of activations",
                 value=f"loss={self.loss}, input_chain={self.input_chain}, token_weight={self.token_weight}",
                 accepted="input_chain=sparse, token_weight=uniform",
+            )
+
+        if self.last_layer_iterations:
+            self._check_last_layer()
+
+    def _check_last_layer(self) -> None:
+        barred = {
+            "nothing is trained before it": not self.trains,
+            "least squares know no other loss": self.loss != "mse",
+            "it moves the weights away from what is kept near": self.anchor > 0,
+            "it would follow the epoch that the validation text chose": self.stop_on is not None,
+        }
+        reason = next((words for words, holds in barred.items() if holds), None)
+        if reason is not None:
+            raise ConfigError(
+                "last_layer_iterations",
+                reason,
+                value=f"{self.last_layer_iterations} with trainable={self.trainable}, epochs={self.epochs}, "
+                f"loss={self.loss}, anchor={self.anchor:g}, stop_on={self.stop_on}",
+                accepted="0, or a technique that trains with loss=mse, anchor=0, stop_on=null",
             )
 
     @property
