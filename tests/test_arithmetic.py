@@ -25,7 +25,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arithmetic, "product_rate", lambda *_: 1.0)
 
 
-BARE = Pace(forward=1, training=1, fitting=1, call=0, step=0, column=0, choosing=0)
+BARE = Pace(forward=1, training=1, mixed=1, fitting=1, call=0, step=0, column=0, choosing=0)
 
 
 @pytest.mark.usefixtures("counting")
@@ -108,6 +108,31 @@ def test_evaluation_and_calls(tmp_path: Path) -> None:
     assert guessed_stages(plan, replace(BARE, call=10))["dense chain"] - plain[
         "dense chain"
     ] == pytest.approx(2 * 3 * 10)
+
+
+@pytest.mark.usefixtures("counting")
+def test_the_last_layer_and_steps_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a pass, a Gram or an iteration that is free, and steps that are guessed at float32's rate."""
+    given = ("reconstruction=br_gp_cr", "reconstruction.epochs=2", "pruner=magnitude")
+    plain, solved, faster = (
+        guessed_stages(plan_of(tmp_path, *given, *more), BARE)["reconstruction"]
+        for more in (
+            (),
+            ("reconstruction.last_layer_iterations=3",),
+            ("reconstruction.training_dtype=bfloat16",),
+        )
+    )
+    shapes, tokens = plan_of(tmp_path).shapes, 3 * 16
+    windows, trained, hidden, inner = 4, 6, 32, 64
+    a_block = (2 * shapes.num_block_parameters / shapes.num_blocks + 4 * 16 * hidden) * tokens
+    added = trained * a_block + windows * (
+        tokens * (2 * inner**2 + 2 * hidden * inner) + 3 * 2 * hidden * inner**2
+    )
+    assert solved - plain == pytest.approx(added)
+    assert faster == plain
+    monkeypatch.setattr(arithmetic, "product_rate", lambda _, dtype, threads: 2.0 if dtype == torch.bfloat16 else 1.0)  # fmt: skip
+    again = guessed_stages(plan_of(tmp_path, *given, "reconstruction.training_dtype=bfloat16"), BARE)
+    assert again["reconstruction"] == pytest.approx(plain / 2)
 
 
 @pytest.mark.usefixtures("counting")

@@ -11,7 +11,17 @@ from math import ceil
 import torch
 
 from reprune.calibration.gather import Request
-from reprune.operations import Visits, columns, distinct, factors, grams, last_weights, products, solver_reads
+from reprune.operations import (
+    Visits,
+    columns,
+    distinct,
+    factors,
+    grams,
+    last_layers,
+    last_weights,
+    products,
+    solver_reads,
+)
 from reprune.run_plan import RunPlan
 
 
@@ -27,6 +37,8 @@ class Pace:
     """Of the rate of a large matrix product, in forward passes."""
     training: float = 0.75
     """The same in training steps and gradients."""
+    mixed: float = 0.5
+    """The same, of bfloat16's rate, in training steps whose products are in bfloat16."""
     fitting: float = 0.9
     """The same in Grams, their factors, sweeps and solvers."""
     attention: float = 4.0
@@ -51,7 +63,7 @@ class Pace:
 
 MEASURED = Pace()
 FLOOR = Pace(
-    forward=1, training=1, fitting=1, attention=2, gram=1, factor=1 / 3, last=0, call=0, step=0, column=0, choosing=0, writing=1
+    forward=1, training=1, mixed=1, fitting=1, attention=2, gram=1, factor=1 / 3, last=0, call=0, step=0, column=0, choosing=0, writing=1
 )  # fmt: skip
 """What passes, statistics, pruning and training cannot spare: products at the full rate, half of what is symmetric or causal."""
 
@@ -108,9 +120,16 @@ def guessed_stages(plan: RunPlan, pace: Pace = MEASURED) -> dict[str, float]:
         )
         targets = own.forward + stop.forward if technique.target_chain == "sparse" else 0.0
         steps = ceil(own.sequences / technique.batch_size)
-        epochs = technique.epochs * (3 * own.operations / training + steps * pace.step)
+        stepping = training
+        if technique.training_dtype == "bfloat16":
+            bfloat16 = product_rate(plan.device.device, torch.bfloat16, plan.device.num_threads)
+            stepping = pace.mixed * bfloat16
+        epochs = technique.epochs * (3 * own.operations / stepping + steps * pace.step)
         checks = (technique.epochs + 1) * stop.forward
         reconstruction = visits.trained * (epochs + checks + targets)
+        if technique.last_layer_iterations:
+            reconstruction += visits.trained * own.forward
+            reconstruction += last_layers(plan, own.tokens, pace.gram) / fitting
 
     read, written = mask.tokens, sum(map(_tokens, (it for it in plan.requests if it.source.needs_model)))
     evaluated = sum(text.tokens_NT.numel() for entry in plan.suite for text in entry.texts.values())

@@ -94,6 +94,18 @@ def last_weights(shapes: Shapes) -> int:
     return sum(last.values())
 
 
+def last_layers(plan: RunPlan, tokens: int, gram: float) -> float:
+    """Operations of the least squares of the last layer of every window, without the passes that they read.
+
+    A Gram takes `gram` of them for each token and pair of inputs. The model's last layer stands for all.
+    """
+    technique = plan.technique
+    windows = windows_over(plan.shapes.num_blocks, technique.window, technique.stride)
+    d_out, d_in = list(plan.shapes.linears.values())[-1]
+    reading = tokens * (gram * d_in**2 + 2 * d_out * d_in)
+    return len(windows) * (reading + technique.last_layer_iterations * 2 * d_out * d_in**2)
+
+
 def factors(shapes: Shapes) -> float:
     """Σ d_in³ over all Grams, which the operations of their factors are a multiple of."""
     return sum(float(width**3 * count) for width, count, _ in _inputs(shapes))
