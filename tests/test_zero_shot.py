@@ -22,7 +22,8 @@ from scipy.special import softmax
 from sklearn.metrics import brier_score_loss
 from torch import Tensor
 
-from helpers import run_tiny
+from helpers import plan_of, run_tiny
+from reprune import dry_run
 from reprune.errors import ConfigError
 from reprune.evaluation import zero_shot as zero_shot_module
 from reprune.evaluation.confidence import confidence, expected_calibration_error
@@ -551,6 +552,19 @@ def test_a_run_keeps_its_examples_and_two_runs_are_paired(tasks: Path, tmp_path:
         assert "eval/dense/zero_shot/mean/acc" in result["metrics"]
         assert "eval/pruned/zero_shot/tiny_blanks/flips_lost" in result["metrics"]
         assert "failed_evaluations" not in result
+
+
+def test_a_plan_tells_what_will_be_asked(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches tasks that no plan shows, and a guess of the time that seems to hold them."""
+    asked = ["evaluation=zero_shot", f"evaluation.zero_shot.include_path={tasks}", "evaluation.zero_shot.limit=2"]  # fmt: skip
+    for more, says in ((asked, True), ([], False)):
+        given = [*more, "evaluation.zero_shot.tasks=[tiny_blanks,tiny_copies]"] if more else []
+        dry_run.show(plan_of(tmp_path, *given))
+        said = capsys.readouterr().out
+        assert ("without tasks" in said) == says
+        assert ("zero_shot, tiny_blanks: 2 examples" in said) == says
 
 
 def test_an_infinite_metric_is_left_out_and_told(

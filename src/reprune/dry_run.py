@@ -9,6 +9,7 @@ from datetime import timedelta
 from rich.table import Table
 
 from reprune.arithmetic import guessed_seconds
+from reprune.evaluation.suite import SuiteEntry
 from reprune.identity import canonical
 from reprune.memory import MemoryPlan
 from reprune.reconstruction.technique import Technique
@@ -63,15 +64,22 @@ def show(plan: RunPlan) -> None:
     for entry in plan.suite:
         for name, text in entry.texts.items():
             table.add_row("evaluation", f"{entry.name} on {name}: {tuple(text.tokens_NT.shape)} tokens")
+        for task, count in _asked(entry).items():
+            table.add_row("evaluation", f"{entry.name}, {task}: {count} examples")
     table.add_row("device", f"{plan.device.name}, {str(plan.device.dtype).removeprefix('torch.')}")
-    table.add_row(
-        "time", f"about {timedelta(seconds=round(guessed_seconds(plan)))} (h:mm:ss), by arithmetic alone"
-    )
+    time = f"about {timedelta(seconds=round(guessed_seconds(plan)))} (h:mm:ss), by arithmetic alone"
+    table.add_row("time", f"{time}{', without tasks' if any(map(_asked, plan.suite)) else ''}")
     table.add_row("memory", _memory_in_words(plan.memory))
     table.add_row("disk", f"about {plan.memory.disk / 2**30:.2f} GiB")
     table.add_row("writes", str(plan.folder.path))
     table.add_row("state", plan.folder.status().words)
     CONSOLE.print(table, highlight=False)
+
+
+def _asked(entry: SuiteEntry) -> dict[str, int]:
+    """Examples by task, of an evaluator that asks for answers."""
+    found: dict[str, int] = getattr(entry.evaluator, "asked", {})
+    return found
 
 
 def _memory_in_words(memory: MemoryPlan) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import isfinite
@@ -13,12 +13,13 @@ from torch import Tensor
 from reprune.calibration.roles import Texts
 from reprune.engine.activations import Stores, compare
 from reprune.engine.chains import Boundary, Chains, dense_copy
-from reprune.engine.fitting import Fit, fits_of, submodules_of
+from reprune.engine.fitting import Fit, fits_of
 from reprune.engine.layers import BlockPruning
 from reprune.engine.pruning_plan import PruningPlan
 from reprune.engine.state import Progress, RunState
 from reprune.engine.stored_masks import StoredMasks
 from reprune.engine.windows import BlockWindow, windows_over
+from reprune.engine.work import WindowWork
 from reprune.errors import RunError
 from reprune.model.biases import give_biases
 from reprune.model.loading import LoadedModel
@@ -85,13 +86,13 @@ class BlockLoop:
     def _do(self, chains: Chains, turn: Sequence[BlockWindow]) -> None:
         """Prune what enters a window, reconstruct it, freeze what leaves it."""
         [window] = turn
-        self._begin(window, self._num_steps(window))
+        self._begin(window, self._work.num_steps(window))
         untrained = chains.pruned
         # Where weights rest on disk, what happens to them in between is lost before it is committed.
         with self.model.resident(*self.model.blocks[window.first : window.stop]):
-            for number in self._rounds(window):
+            for number in self._work.rounds(window):
                 untrained = self._prune(chains, window, number)
-                if self._trains(window) and (number in (None, self._last_round) or self._trains_each_round):
+                if self._work.trains_after(window, number):
                     self._reconstruct(chains, window, number)
             self._end(chains, window, untrained)
 
@@ -133,39 +134,12 @@ class BlockLoop:
         return chains
 
     @property
-    def _last_round(self) -> int:
-        return len(self.pruning.rounds) - 1
-
-    def _rounds(self, window: BlockWindow) -> Iterator[int | None]:
-        """The schedule's rounds, or None once for a window in which no block is new."""
-        if window.new == window.stop:
-            yield None
-        else:
-            yield from range(len(self.pruning.rounds))
-
-    @property
-    def _trains_each_round(self) -> bool:
-        return self.pruning.reconstruct == "each_round"
+    def _work(self) -> WindowWork:
+        return WindowWork(self.model, self.texts, self.pruning, self.technique)
 
     @property
     def _keeps_dense_weights(self) -> bool:
-        """Whether dense weights of a block are read after the block was first pruned."""
-        return self.technique.needs_dense_weights or self._last_round > 0
-
-    def _trains(self, window: BlockWindow) -> bool:
-        """A window that loses nothing has nothing to restore, and Adam would make full steps of rounding errors."""
-        blocks = range(window.first, window.stop)
-        return self.technique.trains and any(map(self.pruning.thinned, blocks))
-
-    def _num_steps(self, window: BlockWindow) -> int:
-        if not self._trains(window):
-            return 0
-        samples = sum(len(text.tokens_NT) for text in self.texts.reconstruction)
-        trainings = len(list(self._rounds(window))) if self._trains_each_round else 1
-        if self.technique.granularity == "submodule":
-            thinned = self.pruning.thinned(window.first)
-            trainings *= len(submodules_of(self.model, window.first, thinned))
-        return trainings * self.technique.epochs * -(-samples // self.technique.batch_size)
+        return self._work.keeps_dense_weights
 
     def _prune(self, chains: Chains, window: BlockWindow, number: int | None) -> Boundary:
         """One round over the blocks that are new in the window; returns the pruned chain behind the last of them."""
@@ -256,7 +230,7 @@ class BlockLoop:
         for block in range(window.first, window.frozen):
             with self.meter.stage("measuring"):
                 # `untrained` lies behind the window's last block only if that block was new in it.
-                reusable = not self._trains(window) and window.new <= block == window.stop - 1
+                reusable = not self._work.trains(window) and window.new <= block == window.stop - 1
                 chains.pruned = untrained if reusable else chains.through(block, chains.pruned)
                 after = self._errors(chains, block, chains.pruned)
             self._dense_weights.pop(block, None)

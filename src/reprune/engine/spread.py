@@ -58,14 +58,14 @@ class SpreadLoop(BlockLoop):
         """Prune and train a window in this process."""
         alone = chains.apart()
         blocks = range(window.first, window.stop)
-        self._begin(window, self._num_steps(window))
+        self._begin(window, self._work.num_steps(window))
         for block in blocks:
             self._keep_dense(block)
         layers = {block: self._prune_layers(alone, block, 0, chains.dense[block]) for block in blocks}
         pruned = [dict(dense_copy(self.model, block)) for block in blocks]
         for block in blocks:
             self._progress.pending[block] = {"training": []}
-        if self._trains(window):
+        if self._work.trains(window):
             self._reconstruct(alone, window, 0)
         training = {
             block: [
@@ -94,7 +94,7 @@ class SpreadLoop(BlockLoop):
                 say_notes(block, layers)
             behind = self._measure_pruned(chains, block, 0, behind, layers)
             self._progress.pending[block]["training"] = told["training"][str(block)]
-        if self._trains(window):
+        if self._work.trains(window):
             with self.meter.stage("exchange"):
                 self._take_weights(ranks, blocks, owner, None if own is None else own.trained)
         return behind

@@ -47,6 +47,7 @@ class Evaluator(Protocol):
 
     It may say `needs_dense: ClassVar[bool] = True` where it can only compare with the dense model, and have
     `check_room(max_length, key)`, which raises ConfigError for what does not fit the model's context beside its texts.
+    One whose text is not all among those that `cut` returns has `asked`, examples by task, for the plan of a run.
     """
 
     def cut(self, tokenizer: Any, key: str) -> dict[str, TextSet]:

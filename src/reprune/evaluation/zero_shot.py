@@ -114,7 +114,7 @@ class ZeroShot:
         What was finished when the same evaluation was interrupted is not asked again.
         """
         outcome = Outcome({})
-        sizes = [self._size(entry) for entry in self.tasks]
+        sizes = list(self.asked.values())
         accuracies: list[tuple[float, float | None]] = []
         size = self.batch_size
         with task.model.holding(task.model.model):
@@ -161,6 +161,11 @@ class ZeroShot:
         found = {"metrics": metrics, "accuracies": self._accuracies(measured, entry), "notes": notes}
         write_json(file, found)
         return found, size
+
+    @property
+    def asked(self) -> dict[str, int]:
+        """How many examples of each entry will be asked."""
+        return {entry: self._size(entry) for entry in self.tasks}
 
     def _size(self, entry: str) -> int:
         """How many examples an entry has, for the bar."""
