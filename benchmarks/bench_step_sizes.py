@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import STUDY, TECHNIQUES, Recipe, floor_of, loop_of, plan_for
+from recipes import STUDY, TECHNIQUES, Recipe, floor_of, loop_of, plan_for, with_last_layer
 from timing import Measure, Rows
 
 from reprune.engine.activations import compare
@@ -43,6 +43,8 @@ def recipes() -> list[Recipe]:
     for iterations, rate in product((2, 4), (5e-4, 1e-3)):
         name = f"{iterations} CG, 1 × {rate:g}"
         found.append(Recipe(name, {"epochs": 1, "learning_rate": rate}, iterations))
+    for iterations in (1, 3):
+        found += with_last_layer(iterations)
     return found
 
 
@@ -75,7 +77,7 @@ class Trying(BlockLoop):
         super()._reconstruct(chains, window, number)
 
     def _try(self, chains: Chains, window: BlockWindow, recipe: Recipe) -> list[dict[str, Any]]:
-        """A point at the start, after least squares, and at the end of each epoch."""
+        """A point at the start, after least squares, at the end of each epoch and after that of the last layer."""
         technique = recipe.of(self.technique)
         points: list[dict[str, Any]] = []
         clock = _Clock()
@@ -118,6 +120,8 @@ class Trying(BlockLoop):
             on_step=step,
             thinned=self.pruning.thinned(window.first),
         ).run()
+        if technique.last_layer_iterations:
+            note()
         points[-1]["floor_seconds"] = self.floors[recipe.name] * (window.stop - window.first)
         return points
 

@@ -45,6 +45,16 @@ NOTHING = Recipe("none", {"epochs": 0})
 """The pruner alone."""
 
 
+def with_last_layer(iterations: int) -> list[Recipe]:
+    """One epoch and two in bfloat16, and least squares of a window's last layer after them."""
+    same = {"training_dtype": "bfloat16", "last_layer_iterations": iterations}
+    warm = {"epochs": 1, "learning_rate": 5e-4, "lr_schedule": "cosine", "warmup": 0.25}
+    return [
+        Recipe(f"1 × 0.0005 cosine, warm, bf16, last {iterations}", {**warm, **same}),
+        Recipe(f"2 × 0.0003 bf16, last {iterations}", {"epochs": 2, "learning_rate": 3e-4, **same}),
+    ]
+
+
 class Silent:
     """A listener of the loop that is told and does nothing."""
 
