@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import STUDY, TECHNIQUES, Recipe, floor_of, loop_of, plan_for, with_last_layer
+from recipes import SHORT, STUDY, TECHNIQUES, Recipe, floor_of, loop_of, plan_for
 from timing import Measure, Rows
 
 from reprune.engine.activations import compare
@@ -43,8 +43,8 @@ def recipes() -> list[Recipe]:
     for iterations, rate in product((2, 4), (5e-4, 1e-3)):
         name = f"{iterations} CG, 1 × {rate:g}"
         found.append(Recipe(name, {"epochs": 1, "learning_rate": rate}, iterations))
-    for iterations in (1, 3):
-        found += with_last_layer(iterations)
+    known = {recipe.name for recipe in found}
+    found += {it.name: it for own in SHORT.values() for it in own if it.name not in known}.values()
     return found
 
 

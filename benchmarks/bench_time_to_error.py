@@ -3,8 +3,8 @@
 SmolLM2-135M, SparseGPT 50 %, 8 × 256 tokens of C4, through the real block loop, over the first blocks or all. All recipes
 of a technique start from the same weights and texts, and take turns window by window, each on a model of its own, so
 that other work on the machine disturbs them alike. Seconds are of statistics, pruning and reconstruction, less those that the run without reconstruction (`none`) takes to prune; their floor is the arithmetic of
-the training steps and of least squares. Rates are those that `bench_step_sizes.py` fixed on validation text, on another calibration
-set. The CSV has a row a recipe and block. An arm is a technique. Beside other work --benchmark-timer=time.process_time is best.
+the training steps and of least squares. Recipes and rates were chosen on another calibration set and on validation text,
+over the first blocks and by `bench_step_sizes.py`. The CSV has a row a recipe and block. An arm is a technique. Beside other work --benchmark-timer=time.process_time is best.
 """
 
 from __future__ import annotations
@@ -17,20 +17,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from recipes import NOTHING, STUDY, TECHNIQUES, Recipe, floor_of, loop_of, plan_for, with_last_layer
+from recipes import NOTHING, SHORT, STUDY, TECHNIQUES, Recipe, floor_of, loop_of, plan_for
 from timing import Measure, Rows
 
 from reprune.engine.loop import BlockLoop
-
-FASTER: dict[str, list[Recipe]] = {
-    "br": [Recipe("2 CG, 1 × 0.001", {"epochs": 1, "learning_rate": 1e-3}, 2), *with_last_layer(1)],
-    "br_gp": with_last_layer(1),
-    "br_gp_cr": with_last_layer(3),
-}
-"""Of those that take about a third of the study's time, the ones with the lowest errors on validation text.
-
-`k CG` before the epochs is least squares of every layer, `last k` after them that of a window's last layer.
-"""
 
 STAGES = ("statistics", "pruning", "reconstruction")
 SECONDS = "seconds_of_all_blocks"
@@ -80,7 +70,7 @@ def test_table(rows: Rows, printed: Rows) -> None:
 
 def side_by_side(technique: str, num_blocks: int | None, overrides: list[str]) -> Rows:
     """A row a recipe and block: seconds of all blocks, errors after it."""
-    recipes = [NOTHING, Recipe("study", STUDY), *FASTER[technique]]
+    recipes = [NOTHING, Recipe("study", STUDY), *SHORT[technique]]
     turns, rows = Turns(len(recipes)), Rows()
     with TemporaryDirectory() as place:
         plan, loops = plan_for(technique, Path(place), overrides), []

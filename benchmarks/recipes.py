@@ -45,14 +45,26 @@ NOTHING = Recipe("none", {"epochs": 0})
 """The pruner alone."""
 
 
-def with_last_layer(iterations: int) -> list[Recipe]:
-    """One epoch and two in bfloat16, and least squares of a window's last layer after them."""
-    same = {"training_dtype": "bfloat16", "last_layer_iterations": iterations}
-    warm = {"epochs": 1, "learning_rate": 5e-4, "lr_schedule": "cosine", "warmup": 0.25}
-    return [
-        Recipe(f"1 × 0.0005 cosine, warm, bf16, last {iterations}", {**warm, **same}),
-        Recipe(f"2 × 0.0003 bf16, last {iterations}", {"epochs": 2, "learning_rate": 3e-4, **same}),
-    ]
+_BFLOAT16 = {"training_dtype": "bfloat16"}
+_WARM = {"epochs": 1, "lr_schedule": "cosine", "warmup": 0.25, **_BFLOAT16}
+SHORT = {
+    "br": [
+        Recipe("2 CG, 1 × 0.001 bf16", {"epochs": 1, "learning_rate": 1e-3, **_BFLOAT16}, 2),
+        Recipe("1 × 0.0007 warm bf16, last 2", {**_WARM, "learning_rate": 7e-4, "last_layer_iterations": 2}),
+    ],
+    "br_gp": [
+        Recipe("1 × 0.0007 warm bf16, last 2", {**_WARM, "learning_rate": 7e-4, "last_layer_iterations": 2}),
+        Recipe("1 × 0.001 warm bf16, last 1", {**_WARM, "learning_rate": 1e-3, "last_layer_iterations": 1}),
+    ],
+    "br_gp_cr": [
+        Recipe("1 × 0.0005 warm bf16, last 4", {**_WARM, "learning_rate": 5e-4, "last_layer_iterations": 4}),
+        Recipe(
+            "2 × 0.0003 bf16, last 2",
+            {"epochs": 2, "learning_rate": 3e-4, "last_layer_iterations": 2, **_BFLOAT16},
+        ),
+    ],
+}
+"""By technique: steps in bfloat16, and least squares of a window's last layer after them. `warm`: a quarter of it warm-up, then a cosine."""
 
 
 class Silent:

@@ -125,9 +125,8 @@ def test_the_last_layer_and_steps_in_bfloat16(tmp_path: Path, monkeypatch: pytes
     shapes, tokens = plan_of(tmp_path).shapes, 3 * 16
     windows, trained, hidden, inner = 4, 6, 32, 64
     a_block = (2 * shapes.num_block_parameters / shapes.num_blocks + 4 * 16 * hidden) * tokens
-    added = trained * a_block + windows * (
-        tokens * (2 * inner**2 + 2 * hidden * inner) + 3 * 2 * hidden * inner**2
-    )
+    reading = tokens * (2 * inner**2 + 2 * hidden * inner)
+    added = trained * a_block + windows * (reading + (3 * 3 + 2) * 2 * hidden * inner**2)
     assert solved - plain == pytest.approx(added)
     assert faster == plain
     monkeypatch.setattr(arithmetic, "product_rate", lambda _, dtype, threads: 2.0 if dtype == torch.bfloat16 else 1.0)  # fmt: skip

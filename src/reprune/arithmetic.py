@@ -128,8 +128,8 @@ def guessed_stages(plan: RunPlan, pace: Pace = MEASURED) -> dict[str, float]:
         checks = (technique.epochs + 1) * stop.forward
         reconstruction = visits.trained * (epochs + checks + targets)
         if technique.last_layer_iterations:
-            reconstruction += visits.trained * own.forward
-            reconstruction += last_layers(plan, own.tokens, pace.gram) / fitting
+            reconstruction += visits.trained * own.operations / (pace.forward * float32)
+            reconstruction += last_layers(plan, visits, own.tokens, pace.gram) / fitting
 
     read, written = mask.tokens, sum(map(_tokens, (it for it in plan.requests if it.source.needs_model)))
     evaluated = sum(text.tokens_NT.numel() for entry in plan.suite for text in entry.texts.values())

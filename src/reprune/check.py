@@ -20,7 +20,13 @@ from reprune.engine.spread import spreads
 from reprune.engine.windows import windows_over
 from reprune.errors import ConfigError, require_nonnegative
 from reprune.evaluation.suite import SuiteEntry, check_suite, described_tokenizer
-from reprune.fit_checks import check_experts, check_new_biases, check_stop_on, needs_whole_model
+from reprune.fit_checks import (
+    check_experts,
+    check_last_layer,
+    check_new_biases,
+    check_stop_on,
+    needs_whole_model,
+)
 from reprune.identity import canonical, schedule_identity, technique_identity, transform_identity
 from reprune.memory import check_words, plan_memory
 from reprune.model.checkpoint import ModelSource
@@ -129,6 +135,7 @@ def check(composed: Composed, *, here: bool = True, ranks: Ranks = ALONE) -> Run
         request.source.check_tokenizer(tokenizer, request.key)
         request.source.check_room(shapes.max_length, tokenizer, request.key)
     check_stop_on(technique, requests)
+    check_last_layer(technique, shapes.tied, requests)
     suite = [
         SuiteEntry(name, evaluator, evaluator.cut(tokenizer, f"evaluation.{name}"))
         for name, evaluator in evaluators.items()

@@ -87,6 +87,24 @@ def check_stop_on(technique: Technique, requests: Sequence[Request]) -> None:
     )
 
 
+def check_last_layer(technique: Technique, tied: str | None, requests: Sequence[Request]) -> None:
+    """ConfigError for a last layer that another block of its window has too, and for text of a single sequence."""
+    if not technique.last_layer_iterations:
+        return
+    key = "reconstruction.last_layer_iterations"
+    if tied is not None and technique.window != 1:
+        raise ConfigError(
+            key, f"{tied} are one tensor, so that a window's error is not quadratic in its last layer",
+            value=technique.last_layer_iterations, accepted="0 with this model, or reconstruction.window=1",
+        )  # fmt: skip
+    counts = [it.source.num_sequences for it in requests if it.use == "reconstruction"]
+    if sum(count or 2 for count in counts) < 2:
+        raise ConfigError(
+            key, "the one half of the sequences has to confirm what the other gives", value="1 sequence",
+            accepted="2 sequences of reconstruction text, or more", hint="calibration.num_sequences=8, or 0 iterations",
+        )  # fmt: skip
+
+
 def check_new_biases(
     technique: Technique,
     shapes: Shapes,

@@ -7,12 +7,11 @@ from collections import defaultdict
 from reprune.calibration.roles import Texts
 from reprune.engine.activations import Stores
 from reprune.engine.dense_pass import DensePass
-from reprune.engine.fitting import NO_LAST_LAYER
 from reprune.engine.gradients import ModelGradients
 from reprune.engine.pruning_plan import PruningPlan
 from reprune.engine.state import RunState
 from reprune.engine.units import couplings_of
-from reprune.errors import RunError
+from reprune.engine.windows import windows_over
 from reprune.model.loading import LoadedModel
 from reprune.resources import StageMeter
 from reprune.rounds import measured_rounds
@@ -32,12 +31,14 @@ def check_coupled(plan: RunPlan, model: LoadedModel) -> None:
 
 
 def check_last_layers(plan: RunPlan, model: LoadedModel) -> None:
-    """RunError for blocks whose last layer cannot be solved against the window's output, where that is asked for."""
-    if not plan.technique.last_layer_iterations or plan.technique.granularity != "block":
-        return
-    for block in range(len(model.blocks)):
-        if model.last_added(block) is None:
-            raise RunError(f"block {block}: {NO_LAST_LAYER}")
+    """RunError for windows whose last layer cannot be solved against their output, where that is asked for and to be done."""
+    technique = plan.technique
+    windows = windows_over(len(model.blocks), technique.window, technique.stride)
+    pruned = {int(name.partition(".")[0]) for name in plan.shapes.targets}
+    if technique.last_layer_iterations:
+        for window in windows[RunState(plan.folder.state).windows_done() :]:
+            if pruned & set(range(window.first, window.stop)):
+                model.added_last(window.stop - 1)
 
 
 def pruning_plan(

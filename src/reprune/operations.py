@@ -16,10 +16,11 @@ from reprune.shapes import Shapes
 class Visits:
     """How many blocks all windows together train, pass the pruned chain through before they prune and to go on.
 
-    `fitted` is how often a block that is new is fitted, once or in every round.
+    `trainings` are how many there are of windows, `fitted` is how often a block that is new is fitted, once or in every round.
     """
 
     trained: int
+    trainings: int
     earlier: int
     frozen: int
     fitted: int
@@ -39,6 +40,7 @@ class Visits:
                 (window.stop - window.first) * (fitted if window.new < window.stop else 1)
                 for window in windows
             ),
+            trainings=sum(fitted if window.new < window.stop else 1 for window in windows),
             earlier=sum(window.new - window.first for window in windows if window.new < window.stop),
             frozen=frozen,
             fitted=fitted,
@@ -94,16 +96,16 @@ def last_weights(shapes: Shapes) -> int:
     return sum(last.values())
 
 
-def last_layers(plan: RunPlan, tokens: int, gram: float) -> float:
-    """Operations of the least squares of the last layer of every window, without the passes that they read.
+def last_layers(plan: RunPlan, visits: Visits, tokens: int, gram: float) -> float:
+    """Operations of the least squares of the last layer after every training, without the passes that they read.
 
-    A Gram takes `gram` of them for each token and pair of inputs. The model's last layer stands for all.
+    A Gram takes `gram` of them for each token and pair of inputs. Two halves and the whole are solved, in as many steps as
+    are asked for, and each half is tried on the other. The model's last layer stands for all.
     """
-    technique = plan.technique
-    windows = windows_over(plan.shapes.num_blocks, technique.window, technique.stride)
     d_out, d_in = list(plan.shapes.linears.values())[-1]
     reading = tokens * (gram * d_in**2 + 2 * d_out * d_in)
-    return len(windows) * (reading + technique.last_layer_iterations * 2 * d_out * d_in**2)
+    steps = 3 * plan.technique.last_layer_iterations + 2
+    return visits.trainings * (reading + steps * 2 * d_out * d_in**2)
 
 
 def factors(shapes: Shapes) -> float:

@@ -103,16 +103,20 @@ def _mark_end(folder: RunFolder, state: str, **facts: Any) -> None:
     It is written once more where that itself is interrupted: when a process of a run dies the others are told to end,
     often in the moment in which they note that they failed of it.
     """
-    if folder.finished:
-        return
     try:
         try:
-            folder.mark(state, block=len(folder.blocks()), **facts)
+            _mark(folder, state, **facts)
         except KeyboardInterrupt:
-            folder.mark(state, block=len(folder.blocks()), **facts)
+            _mark(folder, state, **facts)
+            LOG.error("%s", facts.get("error", state))
             raise
     except OSError as error:
         LOG.warning("%s cannot be marked as %s: %s", folder.path, state, error)
+
+
+def _mark(folder: RunFolder, state: str, **facts: Any) -> None:
+    if not folder.finished:
+        folder.mark(state, block=len(folder.blocks()), **facts)
 
 
 def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
@@ -128,6 +132,7 @@ def _run(plan: RunPlan, after_commit: OnCommit) -> dict[str, Any]:
             )
             if not plan.transform.renumbers:
                 check_coupled(plan, model)
+            if isinstance(plan.transform, Untransformed):
                 check_last_layers(plan, model)
         with meter.stage("text"):
             texts = plan.texts(model)
@@ -212,6 +217,7 @@ def transformed(
         model = plan.transform.apply(model, around)
     if plan.transform.renumbers:
         check_coupled(plan, model)
+    check_last_layers(plan, model)
     return model
 
 

@@ -207,6 +207,10 @@ def _training(
             (text.tokens_NT.shape[1] for text in texts.reconstruction), default=0
         )
         training += 4 * outside + 8 * logits * shapes.vocabulary_size
+    if technique.last_layer_iterations:
+        # Weights and masks; two Grams and one to solve by, their right-hand sides, and what the iterations hold.
+        d_out, d_in = list(shapes.linears.values())[-1]
+        training = max(training, window * (5 - width) + 4 * (3 * d_in**2 + 10 * d_out * d_in))
     # A block in float32 with its gradients, their sums and their squares; files of the latter for all blocks.
     block = shapes.num_block_parameters // shapes.num_blocks
     return max(training, block * 24 if needs.gradients or needs.block_gradients else 0)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from reprune.calibration.roles import Texts
 from reprune.calibration.source import TextSet
 from reprune.engine.chains import Boundary, Chains
-from reprune.errors import RunError
 from reprune.model.linears import LinearView
 from reprune.model.loading import LoadedModel
 from reprune.model.submodules import Submodule
@@ -57,34 +56,32 @@ class Fit:
         modules: list[nn.Module] = [model.model] if whole else [model.blocks[block] for block in self.blocks]
         name = "" if self.submodule is None else self.submodule.name
         order = generator(self.seed, "reconstruction", *self.purpose, *([name] if name else []))
+        # Before the window is in float32: it is looked for with what the run computes in.
+        view = model.added_last(self.blocks.stop - 1) if technique.last_layer_iterations else None
         with in_float32(model, modules):
             trained, ranks = self._trained(), self.chains.ranks
             course = train(
                 objective, validation, trained, technique, order, self.on_step, self._place(), ranks
             )
             last: dict[str, Any] = {}
-            if technique.last_layer_iterations:
+            if view is not None:
                 assert isinstance(objective, WindowObjective)
-                last = {"last_layer": self._solve_last(objective)}
+                last = {"last_layer": self._solve_last(objective, view)}
             # Steps are the same everywhere but for the last bits of what computed them.
             ranks.same_(parameter for block in trained for parameter in block.parameters.values())
         told = {"submodule": name} if name else {}
         return {**told, **course.told(), **last, "seconds": round(time.perf_counter() - start, 3)}
 
-    def _solve_last(self, objective: WindowObjective) -> dict[str, Any]:
-        """Least squares of the layer that the window, or its submodule, puts out by; what to record of it."""
-        model, block = self.chains.model, self.blocks.stop - 1
-        view = last_layer(model, block, self.submodule)
-        if view is None:
-            raise RunError(f"{self._place()}: {NO_LAST_LAYER}")
-        keep = self.masks[block].get(view.name)
+    def _solve_last(self, objective: WindowObjective, view: LinearView) -> dict[str, Any]:
+        """Least squares of the layer that the window puts out by; what to record of it."""
+        keep = self.masks[self.blocks.stop - 1].get(view.name)
         whole = torch.ones_like(view.stored, dtype=torch.bool) if keep is None else keep
         found = solve_last_layer(
             objective,
             view,
             view.orient(whole).to(view.stored.device),
             self.technique.last_layer_iterations,
-            model.plan.sequences_a_pass(objective.pairs.inputs[0].length),
+            self.technique.batch_size,
             self.chains.ranks,
             self._place(),
         )
@@ -154,17 +151,6 @@ class Fit:
         if len(blocks) > 1:
             return f"blocks {blocks.start}–{blocks.stop - 1}"
         return f"block {blocks.start}" + (f", {self.submodule.name}" if self.submodule else "")
-
-
-NO_LAST_LAYER = (
-    "no layer's output is added to the residual stream as it is (a norm, a factor or a router stands between), so that "
-    "no least squares of it are those of the window; set reconstruction.last_layer_iterations=0"
-)
-
-
-def last_layer(model: LoadedModel, block: int, submodule: Submodule | None = None) -> LinearView | None:
-    """The layer that a block adds to its residual stream last, or that puts out a submodule; None where there is none."""
-    return model.last_added(block) if submodule is None else model.linears[block].get(submodule.output)
 
 
 def submodules_of(model: LoadedModel, block: int, layers: Sequence[str]) -> list[Submodule]:

@@ -58,6 +58,7 @@ class LoadedModel:
     _placed: tuple[Tensor, list[BlockCall]] | None = None
     _wraps: Wraps = field(default_factory=dict)
     _submodules: dict[int, list[Submodule]] = field(default_factory=dict)
+    _added_last: dict[int, LinearView | None] = field(default_factory=dict)
 
     @property
     def wraps(self) -> Wraps:
@@ -123,8 +124,21 @@ class LoadedModel:
                 )
         return self._submodules[block]
 
-    def last_added(self, block: int) -> LinearView | None:
-        """The prunable layer that a block adds last to its residual stream; None where a norm, a factor or a router follows it."""
+    def added_last(self, block: int) -> LinearView:
+        """The prunable layer whose output a block adds last to its residual stream. RunError where there is none."""
+        if block not in self._added_last:
+            with self.resident(self.blocks[block]):
+                self._added_last[block] = self._find_added_last(block)
+        found = self._added_last[block]
+        if found is None:
+            raise RunError(
+                f"block {block}: no layer's output is added to the residual stream as it is (a norm, a factor or a router "
+                "stands between), so that no least squares of a layer are those of the window; set "
+                "reconstruction.last_layer_iterations=0"
+            )
+        return found
+
+    def _find_added_last(self, block: int) -> LinearView | None:
         view = self.linears[block].get(self.submodules(block)[-1].output)
         if view is None:
             return None

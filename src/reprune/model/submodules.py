@@ -14,8 +14,6 @@ from reprune.errors import RunError
 from reprune.model.blocks import BlockCall
 from reprune.model.linears import LinearView
 
-_SHIFT_TOLERANCE = 0.02
-
 
 @dataclass(frozen=True)
 class Submodule:
@@ -107,7 +105,6 @@ def _tracing(block: nn.Module) -> Iterator[_Trace]:
 def is_added(block: nn.Module, path: str, call: BlockCall, hidden_BTH: Tensor) -> bool:
     """Whether what a module puts out is added to what the block puts out as it is: a shift of the one shifts the other."""
     plain = call.run(block, hidden_BTH).float()
-    # Far above the rounding of half precision.
     size = float(plain.abs().max())
     shift = size * torch.linspace(-1, 1, hidden_BTH.shape[-1], device=plain.device)
 
@@ -119,7 +116,8 @@ def is_added(block: nn.Module, path: str, call: BlockCall, hidden_BTH: Tensor) -
         moved = call.run(block, hidden_BTH).float()
     finally:
         handle.remove()
-    return float((moved - plain - shift).abs().max()) <= _SHIFT_TOLERANCE * size
+    rounding = max(1e-4, 4 * torch.finfo(hidden_BTH.dtype).eps)
+    return float((moved - plain - shift).abs().max()) <= rounding * size
 
 
 def tied_blocks(model: nn.Module, blocks: nn.ModuleList) -> str | None:

@@ -95,6 +95,8 @@ def train(
     if validation is not None:
         best.restore()
     training.finish()
+    # Whatever follows has their room.
+    optimiser.zero_grad(set_to_none=True)
     return course
 
 

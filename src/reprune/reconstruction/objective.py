@@ -49,15 +49,13 @@ class Pairs:
     def batch(self, samples: Sequence[int], model: LoadedModel) -> tuple[Tensor, Tensor, Tensor | None]:
         """Inputs and targets of some samples, float32, on the device; positions on the host where any begins anew."""
         rows = [self._locate(sample) for sample in samples]
-        inputs = torch.stack([self.inputs[text].states_NTH[row] for text, row in rows])
-        targets = torch.stack([self.targets[text].states_NTH[row] for text, row in rows])
+        inputs, targets = _rows(self.inputs, rows), _rows(self.targets, rows)
         positions = _stacked([(self.inputs[text].positions_NT, row) for text, row in rows], inputs.shape[1])
         return inputs.to(model.plan.device).float(), targets.to(model.plan.device).float(), positions
 
     def target(self, samples: Sequence[int], model: LoadedModel) -> Tensor:
         """The targets of some samples as `batch` gives them."""
-        rows = [self._locate(sample) for sample in samples]
-        targets = torch.stack([self.targets[text].states_NTH[row] for text, row in rows])
+        targets = _rows(self.targets, [self._locate(sample) for sample in samples])
         return targets.to(model.plan.device).float()
 
     def _locate(self, sample: int) -> tuple[int, int]:
@@ -66,6 +64,15 @@ class Pairs:
                 return text, sample
             sample -= len(store)
         raise AssertionError("sample beyond the last")
+
+
+def _rows(stores: Sequence[Activations], rows: Sequence[tuple[int, int]]) -> Tensor:
+    """Some sequences, each by its store and its number there. Not by torch.stack, which autocast has change dtypes."""
+    like = stores[0].states_NTH
+    found = like.new_empty((len(rows), *like.shape[1:]))
+    for place, (text, row) in enumerate(rows):
+        found[place] = stores[text].states_NTH[row]
+    return found
 
 
 def _stacked(rows: Sequence[tuple[Tensor | None, int]], length: int) -> Tensor | None:

@@ -25,13 +25,12 @@ ORACLE_BYTES = 256 * 2**20
 class Solution:
     """A weight float32 [d_out, d_in], zero where not kept, and how it was reached.
 
-    `gained` is by how much the error fell since the start, over all rows; `excess` the share of it that the last
-    iterations gained: an estimate of the share of the recoverable error that is left.
+    `excess` is what the last iterations still gained, as a share of all that was gained since the start, over all rows:
+    an estimate of the share of the recoverable error that is left.
     """
 
     weight: Tensor
     iterations: int
-    gained: float
     excess: float
 
 
@@ -75,7 +74,7 @@ def conjugate_gradients(
         scaled = residual * scale
         previous, slope = slope, (residual * scaled).sum(dim=1, keepdim=True)
         direction.mul_(_ratio(slope, previous)).add_(scaled)
-    return Solution(weight, len(decrements), float(torch.stack(decrements).sum()), _excess(decrements))
+    return Solution(weight, len(decrements), _excess(decrements))
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:

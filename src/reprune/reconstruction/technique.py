@@ -44,7 +44,7 @@ class Technique:
     `clip_norm` bounds
     the norm of the true gradient; with `sgd` the first of `betas` is its momentum, with `rmsprop` the second its decay of
     squares. `rank` and `lora_scale` belong to `trainable: masked_lora`. With `training_dtype: bfloat16` the products of
-    training steps are of bfloat16 (autocast); weights, gradients, moments and the loss stay float32.
+    training steps are of bfloat16 (autocast); weights, gradients and moments stay float32.
 
     `last_layer_iterations` steps of least squares of a window's last layer follow its training (see last_layer.py).
     """
@@ -184,15 +184,17 @@ class Technique:
             "least squares know no other loss": self.loss != "mse",
             "it moves the weights away from what is kept near": self.anchor > 0,
             "it would follow the epoch that the validation text chose": self.stop_on is not None,
+            "it changes the weights of a layer": self.trainable not in ("all", "linears"),
+            "it is of whole blocks": self.granularity != "block",
         }
         reason = next((words for words, holds in barred.items() if holds), None)
         if reason is not None:
             raise ConfigError(
                 "last_layer_iterations",
                 reason,
-                value=f"{self.last_layer_iterations} with trainable={self.trainable}, epochs={self.epochs}, "
-                f"loss={self.loss}, anchor={self.anchor:g}, stop_on={self.stop_on}",
-                accepted="0, or a technique that trains with loss=mse, anchor=0, stop_on=null",
+                value=f"{self.last_layer_iterations} with granularity={self.granularity}, trainable={self.trainable}, "
+                f"epochs={self.epochs}, loss={self.loss}, anchor={self.anchor:g}, stop_on={self.stop_on}",
+                accepted="0, or granularity=block, trainable=all or linears, epochs of 1 or more, loss=mse, anchor=0, stop_on=null",
             )
 
     @property
