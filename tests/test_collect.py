@@ -13,7 +13,7 @@ import pytest
 import reprune
 from helpers import run_tiny
 from reprune.reporting import cli
-from reprune.reporting.frame import collect
+from reprune.reporting.frame import LATER, collect
 from reprune.reporting.replicates import arm_names, chosen, summarise
 
 CLAIM = """
@@ -140,6 +140,16 @@ def test_a_run_in_two_places_is_one_run(runs: Path, kept: Path, tmp_path: Path) 
         assert set(frame["state"]) == {"finished"}
         metrics = _metrics(whole)
         pd.testing.assert_frame_equal(frame[metrics], whole[metrics], check_dtype=False)
+
+
+def test_a_run_from_before_a_field_is_a_run_with_its_default(runs: Path, kept: Path, tmp_path: Path) -> None:
+    """Catches runs of one arm that are taken for two because the older ones' records lack a field."""
+    older = pd.read_csv(kept).drop(columns=[f"config/reconstruction.{field}" for field in LATER])
+    older.loc[:1].to_csv(tmp_path / "older.csv", index=False)
+    pd.read_csv(kept).loc[2:].to_csv(tmp_path / "newer.csv", index=False)
+    frame = reprune.results(tmp_path / "older.csv", tmp_path / "newer.csv")
+    for field, value in LATER.items():
+        assert list(frame[f"config/reconstruction.{field}"]) == [value] * 4
 
 
 def test_paths_are_hidden_and_told_apart(runs: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def evidence() -> ModuleType:
 @pytest.mark.parametrize("group", ["evidence", "methods"])
 def test_readme_and_file_of_verdicts_are_what_the_runs_say(evidence: ModuleType, group: str) -> None:
     """Catches a table that was edited by hand, or left behind by new runs or claims."""
-    table = evidence.verdicts(group).astype({"low": float, "high": float})
+    table = evidence.verdicts(group).astype({"effect": float, "low": float, "high": float})
     kept = pd.read_csv(evidence.verdicts_file(group), keep_default_na=False, na_values=[""])
     pd.testing.assert_frame_equal(
         kept, table, check_dtype=False, check_index_type=False, check_column_type=False, rtol=1e-6

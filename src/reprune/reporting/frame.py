@@ -21,6 +21,8 @@ from reprune.run_folder import RunFolder
 KEPT = "a file that `reprune-report collect` wrote"
 ELSEWHERE = ("output_dir=", "tracking", "launcher=", "hydra.", "hydra/", "sweep.", "wandb.")
 PLACES = ("folder", "label", "config/output_dir")
+LATER = {"training_dtype": "float32", "last_layer_iterations": 0}
+"""Fields of a technique that came when there were runs already, and what those did."""
 ABSOLUTE = re.compile(r"""^(~?/|[A-Za-z]:\\).+$|(?<![\w.:/])(~?/|[A-Za-z]:\\)[^\s,'"\]}]+""")
 
 # libyaml's loader is ten times as fast, and not in every build of PyYAML.
@@ -42,7 +44,7 @@ def results(*places: Path | str) -> pd.DataFrame:
     how many sequences it reconstructed on, and its command. A place is a folder, or a file that `collect` wrote.
 
     Metrics have their own names; lists of the config are JSON.
-    Units are in the names; what a run does not have is missing, never zero.
+    Units are in the names; what a run does not have is missing, never zero, but for fields of `LATER`.
     """
     given = [Path(place) for place in places]
     kept = [read_frame(place) for place in given if place.is_file()]
@@ -54,7 +56,7 @@ def results(*places: Path | str) -> pd.DataFrame:
             [frame.astype(object).where(frame.notna()).infer_objects(), *kept], ignore_index=True
         )
     # A wide file is read in pieces, which pandas complains of when columns are added.
-    frame = _once(frame).copy()
+    frame = _with_later_fields(_once(frame).copy())
     if "choice/reconstruction" in frame:
         frame["label"] = frame["choice/reconstruction"]
         if "choice/arm" in frame:
@@ -63,6 +65,16 @@ def results(*places: Path | str) -> pd.DataFrame:
         frame["label"] = with_words(frame["label"], frame, "pruner", "pattern", "transform")
         twice = frame["label"].duplicated(keep=False) & frame["label"].notna()
         frame.loc[twice, "label"] += " " + frame.loc[twice, "config_hash"].str[:5]
+    return frame
+
+
+def _with_later_fields(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame in which runs from before a field was there, whose record has none of it, are like those with its default."""
+    if "config/reconstruction.epochs" in frame:
+        for field, value in LATER.items():
+            name = f"config/reconstruction.{field}"
+            column = frame[name] if name in frame else pd.Series(None, index=frame.index, dtype=object)
+            frame[name] = column.where(column.notna() | frame["config/reconstruction.epochs"].isna(), value)
     return frame
 
 
