@@ -315,6 +315,7 @@ def test_dry_run_tells_what_stays_dense(tmp_path: Path) -> None:
     assert "by sparsegpt, unstructured, uniform" in part
     assert "stay dense" not in shown()
     assert "by wanda, dsnot, 2to4, uniform" in shown("pruner=wanda", "refine=dsnot", "pattern=2to4")
+    assert "unstructured" not in shown("pruner=none", "reconstruction=none")
 
 
 @pytest.fixture

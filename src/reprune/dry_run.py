@@ -47,7 +47,9 @@ def show(plan: RunPlan) -> None:
         f"{removed / 1e6:,.1f} M of {prunable / 1e6:,.1f} M prunable weights ({removed / prunable:.1%})",
     )
     choices = plan.composed.choices
-    chosen = [choices.get(group) for group in ("pruner", "refine", "pattern", "allocation")]
+    # A mask that is there, or none, is decided by nothing else.
+    deciding = ("refine", "pattern", "allocation") if plan.pruner.needs.prunes else ()
+    chosen = [choices.get(group) for group in ("pruner", *deciding)]
     table.add_row("", f"by {', '.join(option for option in chosen if option)}")
     if len(shapes.targets) < len(shapes.layers):
         table.add_row("", f"{len(shapes.targets)} of {len(shapes.layers)} layers; the others stay dense")
