@@ -50,6 +50,7 @@ _WARM = {"epochs": 1, "lr_schedule": "cosine", "warmup": 0.25, **_BFLOAT16}
 SHORT = {
     "br": [
         Recipe("2 CG, 1 × 0.001 bf16", {"epochs": 1, "learning_rate": 1e-3, **_BFLOAT16}, 2),
+        Recipe("2 CG, 1 × 0.001 warm bf16", {**_WARM, "learning_rate": 1e-3}, 2),
         Recipe("1 × 0.0007 warm bf16, last 2", {**_WARM, "learning_rate": 7e-4, "last_layer_iterations": 2}),
     ],
     "br_gp": [
